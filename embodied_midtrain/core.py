@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['TEMPORARY', 'RUN_FORMAT', 'MANIFEST', 'BEGUN', 'seed_for', 'generator', 'unknown', 'stable_hash', 'file_hash',
            'folder_hash', 'atomic_path', 'write_json', 'read_json', 'write_table', 'read_table', 'check_run',
-           'own_files', 'read_manifest', 'input_hash', 'peak_memory', 'environment', 'Stage', 'progress']
+           'own_files', 'read_manifest', 'input_hash', 'peak_memory', 'environment', 'readable', 'Stage', 'progress']
 
 # %% ../nbs/00_core.ipynb #b27bf7f4
-import errno, hashlib, importlib.metadata, json, os, platform, shutil, sys, time
+import errno, hashlib, importlib.metadata, json, os, platform, shutil, sys, textwrap, time
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from difflib import get_close_matches
@@ -290,6 +290,16 @@ def _tolerant():
     except OSError: pass
 
 # %% ../nbs/00_core.ipynb #c9f833f0
+def readable(
+    value,      # of a manifest: a number, a text, a mapping of those
+) -> str:       # "read 1,200, set aside (no image 3)"
+    "A value as a reader likes it: counts with thousands told apart, mappings without quotes and braces."
+    inner = lambda v: f"({readable(v)})" if isinstance(v, dict) else readable(v)
+    if isinstance(value, dict): return ", ".join(f"{k} {inner(v)}" for k, v in value.items())
+    if isinstance(value, list): return "[" + ", ".join(map(inner, value)) + "]"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+# %% ../nbs/00_core.ipynb #c6836691
 def _show(stage: "Stage") -> str:
     "A stage as a small table: state, parameters, counts, files, seconds."
     if not stage.done: return f"**{stage.name}** in `{stage.run}`: {'begun' if stage._read(BEGUN) else 'not started'}"
@@ -299,9 +309,8 @@ def _show(stage: "Stage") -> str:
     return "\n".join([f"| **{stage.name}** | `{m['key']}` |", "|---|---|", *lines])
 
 def _cell(value) -> str:
-    "A value as text for a table, cut where it gets long."
-    text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
-    return (text if len(text) <= 300 else text[:297] + "...").replace("|", "\\|")
+    "A value for a table's cell, cut where it gets long."
+    return textwrap.shorten(readable(value), 300, placeholder=" ...").replace("|", "\\|")
 
 # %% ../nbs/00_core.ipynb #b520bb3e
 class Stage:

@@ -217,7 +217,7 @@ class TabletopSource(Source):
         image, turns = record.value
         messages = [turn(role, str(text)) for pair in turns for role, text in zip(("user", "assistant"), pair)]
         messages[0] = turn("user", f"{IMAGE_MARK}\n{messages[0]['content']}")
-        return [Sample(f"{self.name}/{record.key}", self.name, self.kind, (ImageRef(array=image),), tuple(messages))]
+        return [Sample(f"{self.name}/{record.key}", self.name, self.kind, (ImageRef(array=image.copy()),), tuple(messages))]   # a copy: the block it was drawn in can go
 
     def fetch(self, ids):
         "Make chosen records again, each block once."

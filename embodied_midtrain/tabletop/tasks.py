@@ -37,71 +37,6 @@ class Task:
 
 TASKS: dict = {}
 
-# %% ../../nbs/03a_tabletop_tasks.ipynb #b88ddf18
-class Tabletop:
-    """B episodes of one task, stepped together; the same seed gives the same episodes."""
-    def __init__(self,
-        task: str,           # one of TASKS
-        seed: int = 0,
-        episodes: int = 1,
-        suite: str = "A",    # camera and table, see tabletop.world.SUITES
-    ):
-        if task not in TASKS: raise unknown("task", task, TASKS)
-        self.task, rng = TASKS[task], generator(seed, "tabletop", task, suite)
-        kind, xyz, size = lay_out(rng, episodes, 2, self.task.most)
-        if task == "put": _bowl_in_slot_one(rng, kind)
-        gripper = np.concatenate([rng.uniform(.1, .9, (episodes, 2)), np.full((episodes, 1), self.task.hover)], 1).astype(np.float32)
-        self.scene = Scene(robot_look(rng, episodes, suite), kind, xyz, size, gripper, np.full(episodes, 1 - self.task.closed, np.float32))
-        self.empty = backdrop(self.scene.look)
-        self.target = np.zeros(episodes, int)                       # slot of the named thing
-        self.side = _feasible_side(rng, xyz[:, 0, 0])               # push: -1 = left, 1 = right
-        self.start = xyz[:, 0].copy()                               # where the named thing stood
-        self.held = np.full(episodes, -1)                           # slot of the thing in the gripper
-        self.done = np.zeros(episodes, bool)                        # succeeded, latched
-        self.steps = np.zeros(episodes, int)
-
-    def __len__(self): return len(self.scene)
-
-    @property
-    def live(self) -> np.ndarray:  # (B,) bool: neither succeeded nor out of steps
-        "Episodes still running."
-        return ~self.done & (self.steps < self.task.steps)
-
-    @property
-    def instructions(self) -> list:  # B strings
-        "What each episode's robot is asked to do."
-        goals = [NAMES[k] for k in self.scene.kind[:, 1]] if self.task.name == "put" else ["left" if s < 0 else "right" for s in self.side]
-        return [self.task.instruction.format(thing=NAMES[k], goal=goal) for k, goal in zip(self.scene.kind[:, 0], goals)]
-
-    def render(self, which: np.ndarray = None) -> np.ndarray:  # uint8 (B, 64, 64, 3)
-        "Pictures of all, or of the chosen episodes."
-        if which is None: return render(self.scene, self.empty)
-        return render(take(self.scene, which), self.empty[which])
-
-    def expert(self) -> np.ndarray:  # (B, 7)
-        "What the scripted expert would do now."
-        return self.task.expert(self)
-
-    def step(self, actions: np.ndarray):  # actions (B, 7); finished episodes do not move
-        "One action in every live episode."
-        _step(self, np.asarray(actions, np.float32))
-
-# %% ../../nbs/03a_tabletop_tasks.ipynb #f8186d4f
-def _bowl_in_slot_one(rng, kind):
-    "Slot 0 holds the named thing, never a bowl; slot 1 a bowl, the only one of its kind."
-    bowl = rng.choice(BOWLS, len(kind))
-    other = rng.choice(np.setdiff1d(np.arange(len(NAMES)), BOWLS), len(kind))
-    kind[:, 0] = np.where(np.isin(kind[:, 0], BOWLS), other, kind[:, 0])
-    spare = np.setdiff1d(np.arange(len(NAMES)), BOWLS)
-    for slot in range(2, kind.shape[1]):   # a kind drawn twice by the changes above gives way
-        clash = (kind[:, slot] == kind[:, 0]) | (kind[:, slot] == bowl)
-        kind[:, slot] = np.where(clash & (kind[:, slot] >= 0), -1, kind[:, slot])
-    kind[:, 1] = bowl
-
-def _feasible_side(rng, x):
-    "Left or right, whichever leaves room on the table."
-    return np.where(x < .35, 1, np.where(x > .65, -1, rng.choice([-1, 1], len(x))))
-
 # %% ../../nbs/03a_tabletop_tasks.ipynb #66b68720
 def _step(env, actions):
     scene, live = env.scene, env.live
@@ -149,6 +84,69 @@ def _head_for(env, xy, low, travel=.35, near=.06):
     return np.concatenate([xy, height[:, None]], 1)
 
 def _named(env): return env.scene.xyz[:, 0]
+
+# %% ../../nbs/03a_tabletop_tasks.ipynb #94923517
+def _bowl_in_slot_one(rng, kind):
+    "Slot 0 holds the named thing, never a bowl; slot 1 a bowl, the only one of its kind."
+    bowl = rng.choice(BOWLS, len(kind))
+    other = rng.choice(np.setdiff1d(np.arange(len(NAMES)), BOWLS), len(kind))
+    kind[:, 0] = np.where(np.isin(kind[:, 0], BOWLS), other, kind[:, 0])
+    for slot in range(2, kind.shape[1]):   # a kind drawn twice by the changes above gives way
+        clash = (kind[:, slot] == kind[:, 0]) | (kind[:, slot] == bowl)
+        kind[:, slot] = np.where(clash & (kind[:, slot] >= 0), -1, kind[:, slot])
+    kind[:, 1] = bowl
+
+def _feasible_side(rng, x):
+    "Left or right, whichever leaves room on the table."
+    return np.where(x < .35, 1, np.where(x > .65, -1, rng.choice([-1, 1], len(x))))
+
+# %% ../../nbs/03a_tabletop_tasks.ipynb #5bfc5c9d
+class Tabletop:
+    """B episodes of one task, stepped together; the same seed gives the same episodes."""
+    def __init__(self,
+        task: str,           # one of TASKS
+        seed: int = 0,
+        episodes: int = 1,
+        suite: str = "A",    # camera and table, see tabletop.world.SUITES
+    ):
+        if task not in TASKS: raise unknown("task", task, TASKS)
+        self.task, rng = TASKS[task], generator(seed, "tabletop", task, suite)
+        kind, xyz, size = lay_out(rng, episodes, 2, self.task.most)
+        if task == "put": _bowl_in_slot_one(rng, kind)
+        gripper = np.concatenate([rng.uniform(.1, .9, (episodes, 2)), np.full((episodes, 1), self.task.hover)], 1).astype(np.float32)
+        self.scene = Scene(robot_look(rng, episodes, suite), kind, xyz, size, gripper, np.full(episodes, 1 - self.task.closed, np.float32))
+        self.empty = backdrop(self.scene.look)
+        self.side = _feasible_side(rng, xyz[:, 0, 0])               # push: -1 = left, 1 = right
+        self.start = xyz[:, 0].copy()                               # where the named thing stood
+        self.held = np.full(episodes, -1)                           # slot of the thing in the gripper
+        self.done = np.zeros(episodes, bool)                        # succeeded, latched
+        self.steps = np.zeros(episodes, int)
+
+    def __len__(self): return len(self.scene)
+
+    @property
+    def live(self) -> np.ndarray:  # (B,) bool: neither succeeded nor out of steps
+        "Episodes still running."
+        return ~self.done & (self.steps < self.task.steps)
+
+    @property
+    def instructions(self) -> list:  # B strings
+        "What each episode's robot is asked to do."
+        goals = [NAMES[k] for k in self.scene.kind[:, 1]] if self.task.name == "put" else ["left" if s < 0 else "right" for s in self.side]
+        return [self.task.instruction.format(thing=NAMES[k], goal=goal) for k, goal in zip(self.scene.kind[:, 0], goals)]
+
+    def render(self, which: np.ndarray = None) -> np.ndarray:  # uint8 (B, 64, 64, 3)
+        "Pictures of all, or of the chosen episodes."
+        if which is None: return render(self.scene, self.empty)
+        return render(take(self.scene, which), self.empty[which])
+
+    def expert(self) -> np.ndarray:  # (B, 7)
+        "What the scripted expert would do now."
+        return self.task.expert(self)
+
+    def step(self, actions: np.ndarray):  # actions (B, 7); finished episodes do not move
+        "One action in every live episode."
+        _step(self, np.asarray(actions, np.float32))
 
 # %% ../../nbs/03a_tabletop_tasks.ipynb #63d01ac5
 def _reach_expert(env):
@@ -212,9 +210,9 @@ class Demo:
 
 def demonstrate(
     task: str,            # one of TASKS
-    seed: int,
-    episodes: int,
-    suite: str = "A",
+    seed: int,            # of episodes and noise
+    episodes: int,        # how many
+    suite: str = "A",     # camera and table, one of SUITES
     noise: float = .2,    # standard deviation of the execution noise, in units of an action
 ) -> list:                # of Demo
     "Demonstrations by the scripted expert."

@@ -220,9 +220,9 @@ def lay_out(
 def still_life(
     rng: np.random.Generator,
     n: int,           # scenes
-    look: Look,
-    fewest: int = 2,
-    most: int = 5,
+    look: Look,       # of n scenes
+    fewest: int = 2,  # things
+    most: int = 5,    # things
 ) -> Scene:           # things on a table, without a robot
     "Scenes for looking at."
     kind, xyz, size = lay_out(rng, n, fewest, most)
