@@ -1,0 +1,61 @@
+"""Features: resumable part by part, broken images set aside, one vector a sample."""
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from embodied_midtrain.backbone import load_backbone
+from embodied_midtrain.features import extract, read_features, share_out, write_features
+from embodied_midtrain.tabletop.pool import TabletopSource
+
+HOW = dict(backbone="tiny", revision=None, dtype="float32", pooling="last", text="question", batch_size=32, part_size=16)
+
+
+def llava(folder, count, broken=()):
+    records = []
+    for i, sample in enumerate(TabletopSource("mini-refspatial", count)):
+        (folder / f"{i}.png").write_bytes(b"not a picture") if i in broken else sample.images[0].open().save(folder / f"{i}.png")
+        turns = [{"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]} for m in sample.messages]
+        records.append({"id": str(i), "image": f"{i}.png", "conversations": turns})
+    (folder / "data.json").write_text(json.dumps(records))
+    return {"reader": "llava", "name": "photos", "path": str(folder / "data.json"), "images": str(folder)}
+
+
+def test_a_corrupt_image_is_set_aside_counted_and_listed(tmp_path):
+    spec, out = llava(tmp_path, 40, broken={7}), tmp_path / "out"
+    out.mkdir()
+    (told,) = write_features([(0, spec)], folder=str(out), **HOW)
+    assert (told["read"], told["kept"], len(told["aside"])) == (40, 39, 1)
+    row = told["aside"].iloc[0]
+    assert row.file.endswith("7.png") and row.record == "photos/7" and "cannot be decoded" in row.reason
+    table = read_features(out)
+    assert len(table) == 39 and "photos/7" not in table.ids
+
+
+def test_too_many_broken_images_stop_the_run(tmp_path):
+    spec, out = llava(tmp_path, 40, broken=range(10)), tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(ValueError, match=r"10 of 40 records \(25%\) cannot be used"): write_features([(0, spec)], folder=str(out), **HOW)
+
+
+def test_resumed_equals_uninterrupted(tmp_path):
+    spec = {"reader": "tabletop", "name": "mini-laion", "count": 50}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for folder in (whole, cut): folder.mkdir(); write_features([(3, spec)], folder=str(folder), **HOW)
+    (cut / "part-03-00002.parquet").unlink()
+    kept = (cut / "part-03-00001.parquet").stat().st_mtime_ns
+    write_features([(3, spec)], folder=str(cut), **HOW)
+    assert {f.name: f.read_bytes() for f in whole.iterdir()} == {f.name: f.read_bytes() for f in cut.iterdir()}
+    assert (cut / "part-03-00001.parquet").stat().st_mtime_ns == kept
+
+
+def test_order_and_batches_do_not_matter():
+    tiny, samples = load_backbone("tiny", device="cpu"), list(TabletopSource("mini-llava", 20))
+    x = extract(tiny, samples, batch_size=7)
+    assert np.allclose(x[::-1].astype(float), extract(tiny, samples[::-1], batch_size=20).astype(float), atol=5e-3)
+
+
+def test_sources_are_shared_out_once():
+    shares = share_out([5, 3, 8, 1, 1], 2)
+    assert sorted(i for share in shares for i in share) == list(range(5)) and len(share_out([4], 3)) == 1
