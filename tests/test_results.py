@@ -1,0 +1,153 @@
+"Intervals that hold what they promise, tables computed from episodes alone, the paper kept apart."
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from embodied_midtrain import results
+from embodied_midtrain.core import Stage, generator, write_table
+
+
+def episodes(seeds=2, count=40, arms=("base", "random", "proximity"), tasks=("reach", "push"), steps=(100, 200)):
+    "Invented episodes, later arms better."
+    rng, rows = generator(0, "test results"), []
+    for task, step, (a, arm), seed in itertools.product(tasks, steps, enumerate(arms), range(seeds)):
+        rows += [("tabletop", task, arm, seed, step, e, bool(rng.random() < .2 + .25 * a), 5) for e in range(count)]
+    return pd.DataFrame(rows, columns=results.KEPT_COLUMNS)
+
+
+# ---- intervals and tests
+
+@pytest.mark.parametrize("k, n, low, high", [(0, 10, 0, .2775), (5, 10, .2366, .7634), (10, 10, .7225, 1)])
+def test_wilson_equals_published_values(k, n, low, high):
+    assert results.wilson(k, n) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_mcnemar_equals_statsmodels():
+    from statsmodels.stats.contingency_tables import mcnemar
+    d = np.array([1] * 9 + [-1] * 3 + [0] * 20)
+    assert results.mcnemar(d) == pytest.approx(mcnemar([[10, 9], [3, 10]], exact=True).pvalue)
+
+
+def test_interval_is_antisymmetric_and_does_not_see_the_order():
+    d = generator(1, "d").integers(-1, 2, (4, 30))
+    low, high = results.paired_interval(d)
+    assert results.paired_interval(-d) == pytest.approx((-high, -low))
+    assert results.paired_interval(d[::-1, ::-1]) == pytest.approx((low, high))
+
+
+@pytest.mark.parametrize("value", [-1, 0, 1])
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_no_variation_is_not_certainty(value, seeds):
+    low, high = results.paired_interval(np.full((seeds, 20), value))
+    assert -1 <= low <= value <= high <= 1 and high - low > .01
+
+
+def test_one_far_seed_widens_the_interval():
+    rng = generator(2, "far")
+    near = (rng.random((3, 100)) < .5).astype(int)
+    far = (rng.random((3, 100)) < np.array([[.1], [.5], [.9]])).astype(int)
+    width = [np.subtract(*results.paired_interval(d)) for d in (far, near)]
+    assert width[0] < 3 * width[1] < 0
+
+
+@pytest.mark.parametrize("seeds, spread", [(1, 0), (3, .1), (5, .05)])
+def test_interval_covers_the_truth(seeds, spread):
+    hits = 0
+    for trial in range(200):
+        rng = generator(trial, "coverage", seeds)
+        chance = .3 + rng.normal(0, spread, (seeds, 1)) + rng.normal(0, .1, (1, 80))
+        low, high = results.paired_interval((rng.random((seeds, 80)) < chance).astype(int))
+        hits += low <= .3 <= high
+    assert hits > 180  # 95 % promised; fewer than 181 of 200 would be a 1 in 300 accident
+
+
+def test_more_episodes_for_smaller_differences():
+    needed = [results.episodes_needed(.5 + gap, .5) for gap in (.05, .1, .2)]
+    assert needed == sorted(needed, reverse=True)
+
+
+# ---- tables
+
+def test_success_pools_seeds_and_shows_their_range():
+    table = results.success_table(episodes())
+    cell = table.query("task == 'reach' and step == 200 and arm == 'proximity'").iloc[0]
+    own = episodes().query("task == 'reach' and step == 200 and arm == 'proximity'")
+    assert (cell["seeds"], cell["episodes"], cell["success"]) == (2, 80, own["success"].mean())
+    assert [cell["lowest_seed"], cell["highest_seed"]] == sorted(own.groupby("seed")["success"].mean())
+    assert table["task"].drop_duplicates().tolist() == ["reach", "push"]  # the order of the episodes, not of the alphabet
+
+
+def test_tables_do_not_see_the_order_of_rows():
+    whole = episodes()
+    shuffled = whole.sample(frac=1, random_state=0)
+    by = ["task", "step", "arm"]
+    a, b = (results.success_table(e).sort_values(by, ignore_index=True) for e in (whole, shuffled))
+    pd.testing.assert_frame_equal(a, b)
+
+
+def test_differences_pair_the_same_episodes():
+    rows = results.difference_table(episodes())
+    assert len(rows) == 2 * 2 * 3 and rows["covers"].eq("seeds and episodes").all() and rows["pairs"].eq(80).all()
+    first = episodes().query("task == 'reach' and step == 100")
+    a, b = (first[first["arm"] == arm].sort_values(["seed", "episode"])["success"].to_numpy(int) for arm in ("proximity", "base"))
+    assert rows.iloc[0][["arm", "minus", "difference"]].tolist() == ["proximity", "base", (a - b).mean()]
+
+
+def test_arms_that_met_other_episodes_are_refused():
+    table = episodes()
+    with pytest.raises(ValueError, match="same test episodes"):
+        results.difference_table(table[(table["arm"] != "base") | (table["episode"] > 3)])
+
+
+def test_an_arm_that_was_not_run_is_left_out():
+    two = episodes(arms=("base", "proximity"))
+    assert set(results.difference_table(two)["minus"]) == {"base"}
+    assert results.difference_table(episodes(arms=("base",))).empty
+    assert "+ random selection" in results.summary(two)  # the paper's row stands, ours is a dash
+    results.summary(episodes(arms=("base",)))
+
+
+def test_one_seed_is_said_to_be_one():
+    text = results.summary(episodes(seeds=1))
+    assert "One seed" in text and "episodes only" in text and "seeds and episodes" not in text
+    assert "One seed" not in results.summary(episodes(seeds=3))
+
+
+# ---- the paper
+
+def test_the_paper_is_named_in_every_one_of_its_columns():
+    table = results.beside_paper(results.checkpoint(results.success_table(episodes())))
+    assert all(column.startswith(("ours: synthetic", "paper: ")) for column in table.columns[1:])
+    assert table.filter(like="paper: ").shape == (3, 3) and table.filter(like="ours: ").shape == (3, 2)
+
+
+def test_the_papers_rows_are_those_of_its_tables():
+    rows = results.paper_rows()
+    assert rows.loc["proximity"].tolist() == [3.714, 56.3, 54.2] and rows.loc["base"].tolist() == [3.173, 36.5, 39.0]
+    ablation = results.paper_table("table2_ablation").set_index("selection")
+    assert rows.loc["proximity"].tolist() == ablation.loc["proximity"].tolist()  # table 2 repeats a row of table 1
+    assert rows.loc["random"].tolist() == ablation.loc["random"].tolist()
+
+
+# ---- files
+
+def test_written_tables_are_the_computed_ones(tmp_path):
+    results.write_results(tmp_path, episodes())
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "tables" / "success.parquet"), results.success_table(episodes()))
+    assert (tmp_path / "tables" / "summary.md").read_text() == results.summary(episodes())
+    assert (tmp_path / "dynamics.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_kept_results_are_enough_to_make_all_tables_again(tmp_path):
+    with Stage(tmp_path / "run", "benchmarks", {"episodes": 40}) as stage: write_table(episodes().assign(policy_hash="x", versions="y"), stage.file("episodes.parquet"))
+    with Stage(tmp_path / "run", "policy/reach/base-0"): pass
+    results.commit_results(tmp_path / "run", "emt run --profile micro-seeds", "kept", tmp_path)
+    kept, facts = results.kept_results(tmp_path)["kept"]
+    assert results.summary(kept) == results.summary(episodes())
+    assert facts["command"] and facts["finished"] and facts["machine"]["cpus"] and set(facts["seconds"]) == {"benchmarks", "policy"}
+
+
+def test_an_unfinished_run_is_not_kept(tmp_path):
+    with pytest.raises(FileNotFoundError): results.commit_results(tmp_path, "emt run", "kept", tmp_path)
