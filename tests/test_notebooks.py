@@ -1,0 +1,53 @@
+"Every notebook runs: its examples under nbdev_test, and every stage through papermill on next to nothing."
+import os, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+from embodied_midtrain.pipeline import load_profile, plan, run_jobs, status
+from embodied_midtrain.core import read_table
+
+ROOT = Path(__file__).parent.parent
+LEAN = os.environ | {"OMP_NUM_THREADS": "1", "EMT_QUIET": "1"}
+
+
+def test_examples():
+    "All cells but those flagged run, slow, gpu or net."
+    done = subprocess.run([Path(sys.executable).parent / "nbdev_test", "--path", "nbs", "--n_workers", "2"], cwd=ROOT, env=LEAN, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+
+
+def emt(*words, **options): return subprocess.run([sys.executable, "-c", "import sys; from embodied_midtrain.cli import main; sys.exit(main())", *words], env=LEAN, capture_output=True, text=True, **options)
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    "A run of all stages on profile smoke, started from a folder that is not the repository."
+    folder = tmp_path_factory.mktemp("smoke")
+    done = emt("run", "--profile", "smoke", cwd=folder)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
+    return folder, done.stdout
+
+
+def test_every_stage(smoke):
+    folder, said = smoke
+    assert [row["state"] for row in status(folder / "runs" / "smoke")] == ["done"] * 8
+    assert (folder / "runs/smoke/results/tables/summary.md").read_text().strip() in said
+    assert "runs/smoke/notebooks" in said and (folder / "runs/smoke/report.html").stat().st_size > 100_000
+    episodes = read_table(folder / "runs/smoke/benchmarks/episodes.parquet")
+    assert set(episodes["arm"]) == {"base", "random", "proximity"}
+
+
+def test_second_run_does_nothing(smoke):
+    folder, _ = smoke
+    before = (folder / "runs/smoke/report.html").stat().st_mtime_ns
+    again = emt("run", "--profile", "smoke", cwd=folder)
+    assert again.returncode == 0 and again.stdout.count("done before") == 8 and "nothing to do" in again.stdout
+    assert (folder / "runs/smoke/report.html").stat().st_mtime_ns == before
+
+
+def test_real_sample(tmp_path, monkeypatch):
+    "Real robot frames, photographs and chats go through; from the files in tests/data where the larger ones are not there."
+    monkeypatch.chdir(ROOT), monkeypatch.setenv("EMT_QUIET", "1"), monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    run_jobs(plan("real-sample", run=tmp_path), report=lambda line: None)
+    assert all(row["state"] == "done" for row in status(tmp_path) if row["stage"] in load_profile("real-sample")["stages"])
