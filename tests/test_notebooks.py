@@ -1,11 +1,13 @@
 "Every notebook runs: its examples under nbdev_test, and every stage through papermill on next to nothing."
-import os, subprocess, sys
+import os, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
 
-from embodied_midtrain.pipeline import load_profile, plan, run_jobs, status
 from embodied_midtrain.core import read_table
+from embodied_midtrain.pipeline import load_profile, plan, run_jobs, status
+from test_core import contents
+from test_pipeline import children
 
 ROOT = Path(__file__).parent.parent
 LEAN = os.environ | {"OMP_NUM_THREADS": "1", "EMT_QUIET": "1"}
@@ -44,6 +46,29 @@ def test_second_run_does_nothing(smoke):
     again = emt("run", "--profile", "smoke", cwd=folder)
     assert again.returncode == 0 and again.stdout.count("done before") == 8 and "nothing to do" in again.stdout
     assert (folder / "runs/smoke/report.html").stat().st_mtime_ns == before
+
+
+def kill_when(there, folder):
+    "Run profile smoke until a file appears, then kill the command and all its processes."
+    run = subprocess.Popen([sys.executable, "-c", "import sys; from embodied_midtrain.cli import main; sys.exit(main())", "run", "--profile", "smoke"], cwd=folder, env=LEAN, stdout=subprocess.DEVNULL)
+    while not any(folder.glob(there)):
+        assert run.poll() is None, f"the run ended before {there} appeared"
+        time.sleep(0.01)
+    for pid in [run.pid, *children(run.pid)]:
+        try: os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError: pass
+    run.wait()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_killed_at_three_places(smoke, tmp_path):
+    "While features are extracted, while the VLM is trained, while the policy is: the rerun equals the uninterrupted run."
+    for there in "features/part-*", "midtrain/*/[!b]*", "policy/*/*/[!b]*": kill_when(f"runs/smoke/{there}", tmp_path)
+    assert emt("run", "--profile", "smoke", cwd=tmp_path).returncode == 0
+    results = lambda folder: {k: v for k, v in contents(folder / "runs/smoke").items() if not k.startswith("notebooks") and k != "report.html"}
+    killed, whole = results(tmp_path), results(smoke[0])
+    assert killed.keys() == whole.keys()
+    assert not (different := [k for k in whole if killed[k] != whole[k]]), different
 
 
 def test_real_sample(tmp_path, monkeypatch):
