@@ -256,6 +256,8 @@ def environment() -> dict:  # what a manifest says about the machine
 def _clear(stage: "Stage"):
     "Remove what another key left behind: first the two files that vouch for the others."
     for path in stage.path / MANIFEST, stage.path / BEGUN, *own_files(stage.path): _remove(path)
+    for folder in sorted((p for p in stage.path.rglob("*") if p.is_dir()), reverse=True):  # the deepest first; an empty one would pass for a result
+        if not any(folder.iterdir()): folder.rmdir()
 
 # %% ../nbs/00_core.ipynb #0078aa05
 def _open(stage: "Stage"):

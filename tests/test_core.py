@@ -168,3 +168,11 @@ def test_streams_do_not_depend_on_the_process():
 
 
 def test_check_run_of_a_new_folder(tmp_path): check_run(tmp_path / "new")
+
+
+def test_another_key_leaves_no_empty_folders_behind(tmp_path):
+    "A checkpoint folder of other parameters, emptied but still there, would be taken for a checkpoint."
+    for step in (150, 120):
+        with Stage(tmp_path, "policy/reach/base-0", {"step": step}) as stage:
+            with atomic_path(stage.file(f"step-{step}")) as folder: folder.mkdir(exist_ok=True); (folder / "policy.json").write_text("{}")
+    assert [p.name for p in stage.path.glob("step-*")] == ["step-120"]
