@@ -216,7 +216,7 @@ def plot_dynamics(episodes: pd.DataFrame,         # one row an episode
     table = success_table(episodes, level)
     runs = episodes.groupby([*CELL, "seed"], as_index=False)["success"].mean()
     tasks = list(dict.fromkeys(zip(table["benchmark"], table["task"])))
-    figure, axes = plt.subplots(1, len(tasks), figsize=(1.8 + 3 * len(tasks), 3.6), sharey=True, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(tasks), figsize=(2.4 + 3 * len(tasks), 3.6), sharey=True, squeeze=False, layout="constrained")
     for ax, (benchmark, task) in zip(axes[0], tasks):
         here = [t[(t["benchmark"] == benchmark) & (t["task"] == task)] for t in (table, runs)]
         for arm in here[0]["arm"].unique(): plot_arm(ax, arm, *(t[t["arm"] == arm] for t in here))
@@ -224,7 +224,7 @@ def plot_dynamics(episodes: pd.DataFrame,         # one row an episode
         ax.set(title=f"{described([benchmark])[0]}: {task}", xlabel="fine-tuning step", ylim=(-.03, 1.03), xticks=sorted(here[0]["step"].unique()))
         ax.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("closed-loop success")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, fontsize=9, loc="outside lower center", ncols=3)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, fontsize=8, columnspacing=1.2, loc="outside lower center", ncols=3)
     return figure
 
 # %% ../nbs/12_results.ipynb #a880ef2a
