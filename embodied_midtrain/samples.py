@@ -10,6 +10,8 @@ __all__ = ['FORMATS', 'IMAGE_MARK', 'ROLES', 'BadSample', 'Unlabelled', 'to_rgb'
 import base64, html, io
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import PIL.Image, PIL.ImageOps
@@ -59,31 +61,65 @@ def _decode(
         return to_rgb(image)
 
 # %% ../nbs/01_samples.ipynb #a41374e0
+def _rgb_array(
+    pixels: np.ndarray,   # (H, W, 3) uint8, or (H, W) of any depth
+) -> PIL.Image.Image:    # RGB
+    "Pixels as a picture."
+    image = PIL.Image.fromarray(pixels)
+    return image.copy() if image.mode == "RGB" else to_rgb(image)
+
+# %% ../nbs/01_samples.ipynb #513ba171
+def _reasoned(
+    image: "ImageRef",
+    work: Callable,  # called without arguments
+):
+    "Do the work; whatever goes wrong becomes a BadSample that names the image."
+    try: return work()
+    except BadSample: raise
+    except FileNotFoundError as error: raise BadSample(f"image file does not exist: {image.path or error}") from None
+    except Exception as error:  # a broken picture can raise nearly anything in a decoder
+        raise BadSample(f"image cannot be decoded: {image} {type(error).__name__}: {error}") from error
+
+# %% ../nbs/01_samples.ipynb #c2bb5626
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageRef:
-    "Where one image is; exactly one of the three is given. Decoded by `open`, not before."
+    "Where one image is; exactly one of the first four is given. Decoded by `open`, not before."
     path: str | None = None         # a file
     data: bytes | None = None       # an encoded file, such as a JPEG's bytes
     array: np.ndarray | None = None # pixels (H, W, 3) uint8
+    load: Callable | None = None    # called without arguments, gives an encoded file's bytes or pixels; a `functools.partial` of a function can be sent to another process
+    where: str = ""                 # what to call it in messages, such as "part-3.tar: 000.jpg"
 
     def __post_init__(self):
-        if sum(x is not None for x in (self.path, self.data, self.array)) != 1:
-            raise ValueError("an ImageRef needs exactly one of path, data, array")
+        if sum(x is not None for x in (self.path, self.data, self.array, self.load)) != 1:
+            raise ValueError("an ImageRef needs exactly one of path, data, array, load")
 
     def __repr__(self):
-        if self.path is not None: return f"ImageRef({self.path})"
+        if self.where or self.path is not None: return f"ImageRef({self.where or self.path})"
+        if self.load: return "ImageRef(loaded when needed)"
         return f"ImageRef({len(self.data):,} bytes)" if self.data is not None else f"ImageRef(array of {' x '.join(map(str, self.array.shape))})"
+
+    def _content(self):  # a path, bytes, or pixels
+        return self.load() if self.load else next(x for x in (self.path, self.data, self.array) if x is not None)
 
     def open(self,
         max_pixels: int = 64_000_000,  # more are refused before decoding: 64 M is an 8000 x 8000 picture
     ) -> PIL.Image.Image:              # RGB
         "Decode the image. Raises BadSample with the reason when it cannot be."
-        if self.array is not None: return PIL.Image.fromarray(self.array).convert("RGB")
-        try: return _decode(self.path if self.data is None else io.BytesIO(self.data), max_pixels)
-        except BadSample: raise
-        except FileNotFoundError: raise BadSample(f"image file does not exist: {self.path}") from None
-        except Exception as error:  # a broken picture can raise nearly anything in a decoder
-            raise BadSample(f"image cannot be decoded: {self} {type(error).__name__}: {error}") from error
+        def decode():
+            content = self._content()
+            if isinstance(content, np.ndarray): return _rgb_array(content)
+            return _decode(io.BytesIO(content) if self.path is None else content, max_pixels)
+        return _reasoned(self, decode)
+
+    def encoded(self) -> bytes:
+        "The picture as a file: as it lies, where it lies encoded, and else as PNG. It is not looked at. Raises BadSample."
+        def encode():
+            content = self._content()
+            if not isinstance(content, np.ndarray): return bytes(content) if self.path is None else Path(content).read_bytes()
+            _rgb_array(content).save(file := io.BytesIO(), "PNG")
+            return file.getvalue()
+        return _reasoned(self, encode)
 
 # %% ../nbs/01_samples.ipynb #0d56631d
 IMAGE_MARK = "<image>"

@@ -7,10 +7,13 @@ __all__ = ['READERS', 'Record', 'Source', 'existing', 'open_source', 'open_sourc
 
 # %% ../../nbs/02_sources.ipynb #cc3bf2ae
 import hashlib, importlib, inspect
+from array import array
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Iterable, Iterator
+from typing import Any, Callable, Iterable, Iterator
+
+import numpy as np
 
 from ..core import stable_hash, unknown
 from ..samples import BadSample, Episode, Sample, SetAside, check, check_episode
@@ -24,10 +27,34 @@ class Record:
     value: Any = None   # what the reader needs to parse it
 
 # %% ../../nbs/02_sources.ipynb #70356b90
+def _key_hash(
+    key: str,
+) -> int:  # 1 to 2**64 - 1, the same in every process
+    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little") or 1
+
+# %% ../../nbs/02_sources.ipynb #9fc271e2
+class _Seen:
+    "A growing set of hashes: a table in which a hash stands at its own place or, where that is taken, at the next free one."
+    def __init__(self): self.table, self.count = array("Q", [0]) * 1024, 0
+
+    def add(self, hash: int) -> bool:  # whether it is new
+        at = hash & (last := len(self.table) - 1)
+        while (there := self.table[at]) and there != hash: at = at + 1 & last
+        if there: return False
+        self.table[at], self.count = hash, self.count + 1
+        if 2 * self.count > last: self._grow()
+        return True
+
+    def _grow(self):
+        old, self.table, self.count = self.table, array("Q", [0]) * (2 * len(self.table)), 0
+        for hash in old: hash and self.add(hash)
+
+# %% ../../nbs/02_sources.ipynb #6beb3b6b
 class Source:
     "A stream of checked samples. A reader inherits and defines `records` and `parse`."
     kind = "vlm"        # or "vla"
     files: tuple = ()   # the files that hold the records; their content is part of every result's hash
+    find: Callable | None = None  # key -> the first Record of that key, or KeyError: a method, where the format allows random access
 
     def __init__(self,
         name: str,  # unique in a run; part of every id
@@ -35,17 +62,22 @@ class Source:
         if not name or "/" in name: raise ValueError(f"a source's name must be a word without '/': {name!r}")
         self.name, self.read, self.set_aside = name, 0, SetAside(name)
 
-    def records(self) -> Iterator[Record]:
-        "All records in a stable order. Raises when the file as a whole cannot be read."
+    def records(self,
+        start: int = 0,  # the first record to give
+    ) -> Iterator[Record]:
+        "The records in a stable order. Raises when the file as a whole cannot be read."
         raise NotImplementedError
 
     def parse(self, record: Record) -> Iterable[Sample]:
         "The samples of one record. Raises BadSample."
         raise NotImplementedError
 
-    def samples(self, start: int = 0) -> Iterator[Sample]:
-        "Good samples in a stable order, without the first `start`. `read` and `set_aside` tell of this pass; more than 5 % of bad records raise ValueError."
-        return islice(_pass(self, lambda record: list(map(check, self.parse(record)))), start, None)
+    def samples(self,
+        start: int = 0,                     # good samples to pass over
+        shard: tuple[int, int] = (0, 1),    # (i, n): the i-th of n parts
+    ) -> Iterator[Sample]:
+        "Good samples in a stable order. `read` and `set_aside` tell of this pass; more than 5 % of bad records raise ValueError."
+        return islice(_pass(self, lambda record: list(map(check, self.parse(record))), shard), start, None)
 
     def __iter__(self): return self.samples()
 
@@ -62,33 +94,58 @@ class Source:
     def __repr__(self): return f"{type(self).__name__}({self.name!r})"
 
 # %% ../../nbs/02_sources.ipynb #0a518aca
+def _of_shard(
+    source: Source,
+    i: int, n: int,  # the i-th of n parts
+) -> Iterator[tuple[Record, int]]:  # with the hash of its key
+    "The records of one part."
+    if not 0 <= i < n: raise ValueError(f"shard must be (i, n) with 0 <= i < n: {(i, n)}")
+    for record in source.records():
+        if "/" in record.key: raise ValueError(f"{type(source).__name__} gives a key with '/', which ids cannot hold: {record.key!r} in {record.file}")
+        hash = _key_hash(record.key)
+        if n == 1 or (hash >> 32) % n == i: yield record, hash
+
+# %% ../../nbs/02_sources.ipynb #7c534d44
 def _pass(
     source: Source,
-    parse,      # record -> list of what it gives; raises BadSample
+    parse: Callable,                    # record -> list of what it gives; raises BadSample
+    shard: tuple[int, int] = (0, 1),    # (i, n): the i-th of n parts
 ) -> Iterator:
     "One pass: parse every record, set the bad ones aside, and judge how many they are."
-    source.read, source.set_aside = 0, SetAside(source.name)
-    for record in source.records():
+    source.read, source.set_aside, seen = 0, SetAside(source.name), _Seen()
+    for record, hash in _of_shard(source, *shard):
         source.read += 1
-        try: good = parse(record)
+        try:
+            if not seen.add(hash): raise BadSample(f"duplicate id: {source.name}/{record.key}")
+            good = parse(record)
         except BadSample as reason: good = source.set_aside.add(record.file, record.key, reason) or []
         yield from good
         if source.read % 10_000 == 0: source.set_aside.check(source.read)
-    source.set_aside.check(source.read)
+    if shard[1] == 1: source.set_aside.check(source.read)
 
-# %% ../../nbs/02_sources.ipynb #7c534d44
+# %% ../../nbs/02_sources.ipynb #e54dc224
 def _fetch(source: Source, ids: list[str]) -> list[Sample]:
-    "Find samples by id in one walk through the records, parsing only theirs."
+    "Find samples by id, parsing only their records."
     wanted, prefix = set(ids), f"{source.name}/"
-    keys = {i.removeprefix(prefix).split("/")[0] for i in wanted if i.startswith(prefix)}
+    keys = dict.fromkeys(i.removeprefix(prefix).split("/")[0] for i in ids if i.startswith(prefix))
     found = {}
-    for record in source.records() if keys else ():
-        if record.key not in keys: continue
+    for record in _found(source, keys):
         found |= {sample.id: sample for sample in source.parse(record) if sample.id in wanted}
-        keys.remove(record.key)
-        if not keys: break
     if len(found) < len(wanted): raise KeyError(f"{source.name} has no sample {min(wanted - set(found))!r} ({len(wanted) - len(found)} of {len(wanted)} ids are not there)")
     return [found[i] for i in ids]
+
+def _found(source: Source, keys: dict) -> Iterator[Record]:
+    "The first record of each key: one by one, or in one walk that ends with the last of them."
+    if source.find:
+        for key in keys:
+            try: yield source.find(key)
+            except KeyError: pass
+        return
+    for record in source.records() if keys else ():
+        if record.key not in keys: continue
+        del keys[record.key]
+        yield record
+        if not keys: break
 
 # %% ../../nbs/02_sources.ipynb #43b2506a
 def _file_digest(
@@ -182,6 +239,12 @@ class RobotSource(Source):
         episode = check_episode(self.episode(record))
         return [episode.frame(t) for t in range(0, len(episode), self.stride)]
 
-    def episodes(self) -> Iterator[Episode]:
+    def episodes(self,
+        shard: tuple[int, int] = (0, 1),  # (i, n): the i-th of n parts
+    ) -> Iterator[Episode]:
         "Good episodes in a stable order; `read` and `set_aside` tell of this pass, as for `samples`."
-        return _pass(self, lambda record: [check_episode(self.episode(record))])
+        return _pass(self, lambda record: [check_episode(self.episode(record))], shard)
+
+    def actions(self) -> Iterator[np.ndarray]:  # (T, 7) float32 of each good episode
+        "The actions alone, in the order of `episodes`."
+        return (episode.actions for episode in self.episodes())

@@ -8,6 +8,7 @@ __all__ = ['HEADER', 'FOOTER', 'INSTRUCTION', 'ACTION', 'masked_crc', 'record_sp
 
 # %% ../../nbs/02b_sources_bridge.ipynb #b1a1a50d
 import os
+from itertools import islice
 from pathlib import Path
 from typing import Iterator
 
@@ -224,9 +225,9 @@ class BridgeSource(RobotSource):
         self.leaves = flatten(read_json(existing(folder / "features.json")))
         self.camera = _camera(self.leaves, camera)
 
-    def records(self) -> Iterator[Record]:
+    def records(self, start: int = 0) -> Iterator[Record]:
         spans = ((file, span) for file in self.files for span in record_spans(file))
-        return (Record(str(i), file.name, (file, *span)) for i, (file, span) in enumerate(spans))
+        return islice((Record(str(i), file.name, (file, *span)) for i, (file, span) in enumerate(spans)), start, None)
 
     def episode(self, record: Record) -> Episode:
         example = parse_example(read_record(*record.value))

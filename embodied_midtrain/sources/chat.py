@@ -8,6 +8,7 @@ __all__ = ['CHUNK', 'LARGEST', 'SPEAKERS', 'json_list', 'json_records', 'find_im
 
 # %% ../../nbs/02a_sources_chat.ipynb #11ad6666
 import codecs, json, os, re
+from itertools import islice
 from pathlib import Path, PureWindowsPath
 from typing import Iterator
 
@@ -144,9 +145,9 @@ class ChatSource(Source):
         folders = images if isinstance(images, list) else [images or self.files[0].parent]
         self.roots = [existing(folder) for folder in folders]
 
-    def records(self) -> Iterator[Record]:
+    def records(self, start: int = 0) -> Iterator[Record]:
         file = self.files[0]
-        return (Record(str(i), file.name, value) for i, value in enumerate(json_records(file)))
+        return islice((Record(str(i), file.name, value) for i, value in enumerate(json_records(file))), start, None)
 
     def parse(self, record: Record) -> list[Sample]:
         value, turns, images = _fields(record, self.turns, self.image)

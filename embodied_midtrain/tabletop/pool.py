@@ -210,8 +210,9 @@ class TabletopSource(Source):
         images, turns = WRITERS[self.name](generator(self.seed, "pool", self.name, number), BLOCK)
         return [Record(str(key), "drawn by the tabletop", drawn) for key, drawn in enumerate(zip(images, turns), number * BLOCK)]
 
-    def records(self):
-        return islice(chain.from_iterable(map(self._block, count())), self.count)
+    def records(self, start=0):
+        block, within = divmod(start, BLOCK)
+        return islice(chain.from_iterable(map(self._block, count(block))), within, max(within, self.count - block * BLOCK))
 
     def parse(self, record):
         image, turns = record.value
@@ -257,8 +258,9 @@ class TabletopRobot(RobotSource):
         demos = demonstrate(self.task, seed_for(self.seed, "demonstrations", number), BLOCK, self.suite)
         return [Record(str(key), "acted on the tabletop", demo) for key, demo in enumerate(demos, number * BLOCK)]
 
-    def records(self):
-        return islice(chain.from_iterable(map(self._block, count())), self.count)
+    def records(self, start=0):
+        block, within = divmod(start, BLOCK)
+        return islice(chain.from_iterable(map(self._block, count(block))), within, max(within, self.count - block * BLOCK))
 
     def episode(self, record):
         demo = record.value
