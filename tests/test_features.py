@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 
 from embodied_midtrain.backbone import load_backbone
-from embodied_midtrain.features import extract, read_features, share_out, write_features
+from embodied_midtrain.features import extract, share_out, write_features
+from embodied_midtrain.vectors import read_features
 from embodied_midtrain.tabletop.pool import TabletopSource
 
 HOW = dict(backbone="tiny", revision=None, dtype="float32", pooling="last", text="question", batch_size=32, part_size=16)
