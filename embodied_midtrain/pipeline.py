@@ -6,8 +6,8 @@
 __all__ = ['STAGES', 'NEEDS', 'TYPES', 'HEAD', 'HUB_NAME', 'KERNEL', 'QUIET_LIBRARIES', 'KEPT', 'notebook_folder', 'Parameter',
            'read_notebook', 'parameters_of', 'coerce', 'profile_files', 'load_profile', 'parse_change', 'place_paths',
            'fill_data', 'Job', 'chosen_stages', 'plan', 'manifests', 'stage_state', 'fingerprint', 'is_done', 'Bar',
-           'without', 'StageFailed', 'nice', 'execute', 'run_jobs', 'run_part', 'write_report', 'status', 'started',
-           'markdown_table', 'clean_outputs', 'hidden_folders', 'copy_outputs', 'refresh']
+           'without', 'StageFailed', 'nice', 'execute', 'run_jobs', 'run_part', 'mathml', 'write_report', 'status',
+           'started', 'markdown_table', 'clean_outputs', 'hidden_folders', 'copy_outputs', 'refresh']
 
 # %% ../nbs/13_pipeline.ipynb #80e4c1ce
 import ast, glob, json, os, re, shutil, tempfile, textwrap, time
@@ -399,6 +399,17 @@ def run_part(
     return [c for c in cells[:1] + cells[start + 1:] if c.cell_type == "markdown" or c.get("outputs")]
 
 # %% ../nbs/13_pipeline.ipynb #1e684a46
+def mathml(
+    text: str,      # Markdown with $...$ and $$...$$
+) -> str:
+    "Markdown whose formulas are MathML; code is left alone."
+    from latex2mathml.converter import convert
+    def drawn(found):
+        code, block, inline = found.groups()
+        return code or convert(block or inline, display="block" if block else "inline")
+    return re.sub(r"(`+.+?`+)|\$\$(.+?)\$\$|\$([^\s$`](?:[^$`\n]*[^\s$`])?)\$", drawn, text, flags=re.DOTALL)
+
+# %% ../nbs/13_pipeline.ipynb #3679cbc7
 def write_report(
     run: str | Path,    # run folder
 ) -> Path:              # the page, report.html in the run folder
@@ -409,7 +420,11 @@ def write_report(
     parts = [run / "notebooks" / f"{n}.ipynb" for n in STAGES.values()]
     head = f"# Run {run.name}\n\nembodied-midtrain {embodied_midtrain.__version__}, {time.strftime('%Y-%m-%d %H:%M')}\n\n{markdown_table(started(run))}"
     cells = [new.new_markdown_cell(head), *(c for p in parts if p.exists() for c in run_part(read_notebook(p)))]
-    page, _ = HTMLExporter(exclude_input=True, exclude_output_prompt=True).from_notebook_node(new.new_notebook(cells=cells, metadata={"title": f"Run {run.name}"}))
+    for cell in cells:
+        if cell.cell_type == "markdown": cell.source = mathml(cell.source)
+    plain = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
+    page, _ = plain.from_notebook_node(new.new_notebook(cells=cells, metadata={"title": f"Run {run.name}"}))
+    page = re.sub(r"<script\b.*?</script>", "", page, flags=re.DOTALL)
     with atomic_path(run / "report.html") as path: path.write_text(page, encoding="utf-8")
     return run / "report.html"
 
