@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 
 from embodied_midtrain.samples import BadSample
-from embodied_midtrain.sources import bridge, chat
+from embodied_midtrain.sources import chat, rlds as bridge
 from embodied_midtrain.sources.base import open_source, open_sources, sources_hash
 
 DATA = Path(__file__).parent / "data"

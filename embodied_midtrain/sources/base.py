@@ -164,7 +164,7 @@ def _file_digest(
 READERS = {  # reader -> "module:Class", imported when it is used
     "llava": "embodied_midtrain.sources.chat:LlavaSource",
     "messages": "embodied_midtrain.sources.chat:MessagesSource",
-    "bridge": "embodied_midtrain.sources.bridge:BridgeSource",
+    "bridge": "embodied_midtrain.sources.rlds:BridgeSource",
     "tabletop": "embodied_midtrain.tabletop.pool:TabletopSource",
     "tabletop_robot": "embodied_midtrain.tabletop.pool:TabletopRobot",
 }
