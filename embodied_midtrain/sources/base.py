@@ -163,8 +163,16 @@ def _file_digest(
 # %% ../../nbs/02_sources.ipynb #667d8c36
 READERS = {  # reader -> "module:Class", imported when it is used
     "llava": "embodied_midtrain.sources.chat:LlavaSource",
+    "sharegpt": "embodied_midtrain.sources.chat:LlavaSource",
     "messages": "embodied_midtrain.sources.chat:MessagesSource",
+    "llava665k": "embodied_midtrain.sources.chat:Llava665kSource",
+    "refspatial": "embodied_midtrain.sources.chat:RefSpatialSource",
+    "robopoint": "embodied_midtrain.sources.chat:RoboPointSource",
     "bridge": "embodied_midtrain.sources.rlds:BridgeSource",
+    "libero_rlds": "embodied_midtrain.sources.rlds:LiberoRLDSSource",
+    "calvin": "embodied_midtrain.sources.robots:CalvinSource",
+    "libero_hdf5": "embodied_midtrain.sources.robots:LiberoHDF5Source",
+    "lerobot": "embodied_midtrain.sources.lerobot:LeRobotSource",
     "tabletop": "embodied_midtrain.tabletop.pool:TabletopSource",
     "tabletop_robot": "embodied_midtrain.tabletop.pool:TabletopRobot",
 }
