@@ -156,8 +156,9 @@ def open_share(
     open: float,            # what it writes for open
 ) -> np.ndarray:            # (T,) in 0..1, 1 = open
     "How far open the gripper is. Raises BadSample for values that are neither closed nor open nor in between."
+    if not np.isfinite(gripper).all(): raise BadSample(f"actions that are not finite: gripper of step {np.argmin(np.isfinite(gripper))}")
     share = (gripper - closed) / (open - closed)
-    if len(share) and not (share.min() >= -0.05 and share.max() <= 1.05):  # so that NaN is refused, too
+    if len(share) and (share.min() < -0.05 or share.max() > 1.05):
         raise BadSample(f"gripper outside {min(closed, open):g}..{max(closed, open):g}: {gripper.min():.2f} to {gripper.max():.2f}")
     return np.clip(share, 0, 1)
 
