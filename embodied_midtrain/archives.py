@@ -20,11 +20,14 @@ from .core import atomic_path, stable_hash
 from .samples import BadSample, ImageRef
 
 # %% ../nbs/01a_archives.ipynb #5b4a28dc
+_UNUSUAL = re.compile(r"^[/.]|\\|:|\.\.")  # what needs a second look
+
 def safe_name(
     name: str,  # relative, of a file
 ) -> str:       # the same without a leading "./"
     "A name that stays in its folder. Raises BadSample for one that does not."
     if not isinstance(name, str): raise BadSample(f"image is not named by text: {name!r:.80}")
+    if not _UNUSUAL.search(name): return name
     path = PureWindowsPath(name)  # knows both kinds of slashes, and drives
     if path.drive or path.root or ".." in path.parts: raise BadSample(f"image path leaves its folder: {name}")
     return name.removeprefix("./")
@@ -348,12 +351,12 @@ class Folder:
     def __init__(self,
         path: str | Path,
     ):
-        self.path = Path(path).expanduser()
+        self.path = str(Path(path).expanduser())
 
     def find(self, name: str) -> ImageRef | None:
         "The image of that name, if it is there. Raises BadSample for a name that leaves the folder."
-        path = self.path / safe_name(name)
-        return ImageRef(str(path)) if os.path.isfile(path) else None
+        path = os.path.join(self.path, safe_name(name))
+        return ImageRef(path) if os.path.isfile(path) else None
 
 # %% ../nbs/01a_archives.ipynb #c0718787
 def open_roots(
