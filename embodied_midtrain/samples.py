@@ -75,7 +75,7 @@ def _reasoned(
 ):
     "Do the work; whatever goes wrong becomes a BadSample that names the image."
     try: return work()
-    except BadSample: raise
+    except (BadSample, ImportError): raise  # a decoder that is not installed is no fault of the picture
     except FileNotFoundError as error: raise BadSample(f"image file does not exist: {image.path or error}") from None
     except Exception as error:  # a broken picture can raise nearly anything in a decoder
         raise BadSample(f"image cannot be decoded: {image} {type(error).__name__}: {error}") from error
