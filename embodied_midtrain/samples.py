@@ -248,7 +248,7 @@ def check_episode(
 ) -> Episode:  # the same
     "Return an episode that can be trained on, or raise BadSample: steps, shapes, finite numbers, gripper in 0..1, an instruction."
     actions = episode.actions
-    if len(actions) < 2: raise BadSample(f"an episode of fewer than two steps: {len(actions)}")
+    if not len(actions): raise BadSample("an episode without steps")
     if actions.ndim != 2 or actions.shape[1] != 7: raise BadSample(f"actions not of shape (steps, 7): {actions.shape}")
     if len(episode.images) != len(actions): raise BadSample(f"actions and images differ in number: {len(actions)} and {len(episode.images)}")
     if not np.isfinite(actions).all(): raise BadSample("actions that are not finite")
