@@ -266,7 +266,7 @@ class DatasetRows:
     ):
         self.where, self.streaming = where, not hasattr(rows, "__len__")
         self.names = list(rows.column_names or (next(iter(rows), {})))
-        self.rows = rows.decode(False) if self.streaming else rows.with_format("arrow")
+        self.rows = rows.with_format("arrow") if not self.streaming else rows.decode(False) if rows.features else rows
 
     def __len__(self):
         if self.streaming: raise TypeError(f"{self.where}: how many rows a stream has is not known")
@@ -489,9 +489,10 @@ class Shards:
     def _walk(self, place) -> Iterator[Record]:
         before = f"{_stem(place)}:" if self.by_shard else ""
         named = ((*split_name(member.name), member.refused, file) for member, file in _files_in(place))
-        for (key, refused), files in groupby(named, lambda file: (file[0], file[2])):
-            if refused: yield Record(before + key, place.name, refused)
-            elif key: yield Record(before + key, place.name, {extension: file for _, extension, _, file in files})
+        for key, files in groupby(named, lambda file: file[0]):
+            files = list(files)
+            refused = next((reason for _, _, reason, _ in files if reason), None)
+            if key: yield Record(before + key, place.name, refused or {extension: file for _, extension, _, file in files})
 
     def find(self, key: str) -> Record:
         "The record of a key. Raises KeyError."
