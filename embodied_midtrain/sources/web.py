@@ -6,8 +6,8 @@
 __all__ = ['QUESTION', 'COMMON', 'PICTURE', 'WAITING', 'AHEAD', 'TEXTS', 'NAMES', 'CAPTIONS', 'text_of', 'caption_turns',
            'chat_messages', 'guess_columns', 'found_columns', 'row_messages', 'ParquetRows', 'DatasetRows', 'load_rows',
            'parquet_files', 'cell_images', 'TableSource', 'HfSource', 'split_name', 'numbered', 'Loose', 'open_shards',
-           'Shards', 'WebDatasetSource', 'open_group', 'Listing', 'fields_of', 'ImageFolderSource', 'listed_group',
-           'UrlCaptions', 'CaptionSource', 'downloads', 'Laion400mSource', 'Cc12mSource']
+           'Shards', 'shards_hash', 'WebDatasetSource', 'open_group', 'Listing', 'fields_of', 'ImageFolderSource',
+           'listed_group', 'UrlCaptions', 'CaptionSource', 'downloads', 'Laion400mSource', 'Cc12mSource']
 
 # %% ../../nbs/02c_sources_web.ipynb #adc2ecae
 import csv, glob, hashlib, json, os, re
@@ -21,9 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..archives import Archive, Folder, Member, find_image, open_roots, tar_members
-from ..core import unknown
+from ..core import stable_hash, unknown
 from ..samples import IMAGE_MARK, BadSample, ImageRef, Sample, Unlabelled, turn
-from .base import Record, Source, existing
+from .base import Record, Source, _file_digest, existing
 from .chat import JsonFile, chat_turn, json_list
 
 # %% ../../nbs/02c_sources_web.ipynb #5a949c95
@@ -311,11 +311,11 @@ def load_rows(
     folder = Path(path).expanduser()
     try:
         if not ((folder / "state.json").exists() or (folder / "dataset_dict.json").exists()):
-            return DatasetRows(datasets.load_dataset(str(folder) if folder.exists() else path, config, split=split, revision=revision, streaming=streaming), path)
+            return DatasetRows(datasets.load_dataset(str(folder) if folder.exists() else path, config, split=split, revision=revision, streaming=streaming), folder.name if folder.exists() else path)
         rows = datasets.load_from_disk(str(folder))
     except Exception as error: raise ValueError(f"{path}: the datasets library cannot open it: {type(error).__name__}: {error}") from error
     if isinstance(rows, dict) and split not in rows: raise unknown("split", split, rows)
-    return DatasetRows(rows[split] if isinstance(rows, dict) else rows, path)
+    return DatasetRows(rows[split] if isinstance(rows, dict) else rows, folder.name)
 
 # %% ../../nbs/02c_sources_web.ipynb #ecdc5adc
 def parquet_files(
@@ -561,6 +561,14 @@ def _files_of(
     return found
 
 # %% ../../nbs/02c_sources_web.ipynb #ded694a7
+def shards_hash(
+    files: tuple,  # of paths
+) -> str:
+    "A hash of files by their size and their ends, of which the less is read the more files there are: 64 KB of each at least."
+    part = min(2**25, max(2**16, 2**31 // max(len(files), 1)))
+    return stable_hash([[Path(file).name, _file_digest(Path(file), part)] for file in files])
+
+# %% ../../nbs/02c_sources_web.ipynb #f9244866
 class WebDatasetSource(Source):
     "Webdataset tars, or folders of loose files: captions in KEY.txt, or captions, questions or chats in KEY.json."
 
@@ -576,6 +584,7 @@ class WebDatasetSource(Source):
         self.files = self.shards.files
 
     def __len__(self): return len(self.shards)
+    def fingerprint(self) -> str: return shards_hash(self.files)
     def records(self, start: int = 0) -> Iterator[Record]: return self.shards.records(start)
     def find(self, key: str) -> Record: return self.shards.find(key)
 
@@ -737,6 +746,7 @@ class CaptionSource(Source):
         if self.layout == "table": self.find = self.rows.find
 
     def __len__(self): return len(self.rows)
+    def fingerprint(self) -> str: return shards_hash(self.files)
 
     def records(self, start: int = 0) -> Iterator[Record]:
         self.there = self.absent = 0  # pictures of a table
@@ -761,8 +771,8 @@ CAPTIONS = ("txt", "caption", "text", "alt_text", "title")  # fields that hold a
 
 def _layout(path) -> str:
     "How captions are packed: in shards, in a table, or with the pictures inside a table."
-    place = Path(path).expanduser() if isinstance(path, (str, Path)) else Path("shards.tar")
-    if not glob.has_magic(str(path)): existing(place)
+    if isinstance(path, (list, tuple)) or glob.has_magic(str(path)): return "shards"
+    place = existing(path)
     if place.is_file(): files = [place] if place.suffix == ".parquet" else []
     else: files = [] if any(re.search(r"\.(tar|tar\.gz|tgz|jpe?g|png|webp)$", file.name) for file in place.rglob("*")) else sorted(place.rglob("*.parquet"))
     if files: return "inside" if "jpg" in ParquetRows(files[:1]).names else "table"
