@@ -40,7 +40,7 @@ def to_rgb(
     image: PIL.Image.Image,  # any mode, any number of frames
 ) -> PIL.Image.Image:        # mode "RGB", upright
     "The picture as a viewer would show it: upright, in 8-bit colour, on white."
-    image = PIL.ImageOps.exif_transpose(image)
+    if image.getexif().get(0x0112, 1) != 1: image = PIL.ImageOps.exif_transpose(image)  # which copies, turned or not
     if image.mode[0] in "IF": image = _eight_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -91,7 +91,7 @@ class ImageRef:
     where: str = ""                 # what to call it in messages, such as "part-3.tar: 000.jpg"
 
     def __post_init__(self):
-        if sum(x is not None for x in (self.path, self.data, self.array, self.load)) != 1:
+        if (self.path is None) + (self.data is None) + (self.array is None) + (self.load is None) != 3:
             raise ValueError("an ImageRef needs exactly one of path, data, array, load")
 
     def __repr__(self):
