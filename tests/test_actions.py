@@ -1,9 +1,13 @@
-"""Actions: the round trip through the normaliser, and chunks."""
+"""Actions: the round trip through the normaliser, chunks, and statistics of sources."""
+import json, shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from embodied_midtrain.actions import LIMITS, ActionNormaliser, chunks
+from embodied_midtrain.actions import LIMITS, ActionNormaliser, action_statistics, chunks, statistics_of
 from embodied_midtrain.core import generator
+from embodied_midtrain.sources.rlds import BridgeSource, record_spans
 
 
 def random_actions(rng, n=200):
@@ -53,3 +57,62 @@ def test_chunks(n):
 
 def test_unknown_mode():
     with pytest.raises(ValueError, match="did you mean 'minmax'"): ActionNormaliser.fit(np.zeros((2, 7)), "min-max")
+
+
+# ---- statistics
+
+BRIDGE = Path(__file__).parent / "data/bridge_rlds/bridge_dataset/1.0.0"
+
+
+class Robot:
+    "A robot source of given actions."
+    def __init__(self, episodes, files="a"): self.episodes, self.files, self.passes = episodes, files, 0
+    def fingerprint(self): return self.files
+    def actions(self):
+        self.passes += 1
+        return iter(self.episodes)
+
+
+def test_statistics_are_exact():
+    episodes = [random_actions(generator(i), 50 + i) for i in range(9)]
+    together, statistics = np.concatenate(episodes).astype(np.float64), statistics_of(episodes)
+    for name, wanted in {"mean": together.mean(0), "std": together.std(0), "min": together.min(0), "max": together.max(0), "q01": np.quantile(together, 0.01, axis=0), "q99": np.quantile(together, 0.99, axis=0)}.items():
+        assert statistics["action"][name] == wanted.tolist()
+    assert (statistics["num_transitions"], statistics["num_trajectories"]) == (len(together), 9)
+    for mode in ("q01q99", "minmax"): assert ActionNormaliser.from_statistics(statistics, mode) == ActionNormaliser.fit(np.concatenate(episodes), mode)
+    with pytest.raises(ValueError, match="known: minmax, q01q99"): ActionNormaliser.from_statistics(statistics, "identity")
+
+
+def test_statistics_of_bridge_have_the_published_form():
+    published = json.loads((BRIDGE.parents[2] / "bridge_stats/dataset_statistics_bridge.json").read_text())
+    ours = action_statistics(BridgeSource("bridge", BRIDGE))
+    shape = lambda x: {k: shape(v) for k, v in x.items()} if isinstance(x, dict) else [type(i) for i in x] if isinstance(x, list) else type(x)
+    assert shape({k: v for k, v in ours.items() if k != "hash"}) == shape(published) and ours["num_trajectories"] == 8
+    for name in ("q01", "q99"): assert (np.abs(ours["action"][name]) < 3 * np.abs(published["action"][name]) + 0.02).all()  # the same units
+    assert ActionNormaliser.from_statistics(published).low == tuple(published["action"]["q01"][:6])
+
+
+def test_statistics_are_cached_by_content(tmp_path):
+    cache, robot = tmp_path / "statistics.json", Robot([random_actions(generator(1))])
+    first = action_statistics(robot, cache)
+    assert action_statistics(robot, cache) == first == json.loads(cache.read_text()) and robot.passes == 1
+    other = Robot([random_actions(generator(2))], files="b")
+    assert action_statistics(other, cache) != first and other.passes == 1 and json.loads(cache.read_text())["hash"] != first["hash"]
+    for broken in ("", "{", "[1]", '{"action": {}}'):
+        cache.write_text(broken)
+        assert action_statistics(robot, cache) == first
+    assert robot.passes == 5
+
+
+def test_a_changed_shard_is_read_anew(tmp_path):
+    folder = tmp_path / "1.0.0"
+    shutil.copytree(BRIDGE, folder)
+    first = action_statistics(BridgeSource("bridge", folder), tmp_path / "s.json")
+    shard = next(folder.glob("*.tfrecord-*"))
+    shard.write_bytes(shard.read_bytes()[:next(s for s in record_spans(shard))[1] + 16])  # the first episode alone
+    second = action_statistics(BridgeSource("bridge", folder), tmp_path / "s.json")
+    assert (first["num_trajectories"], second["num_trajectories"]) == (8, 1)
+
+
+def test_statistics_of_nothing():
+    with pytest.raises(ValueError, match="no actions"): action_statistics(Robot([]))
