@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'ARM_STYLE', 'BENCHMARKS', 'COMPARISONS', 'CELL', 'PACKAGE', 'PAPER_COLUMNS', 'CAVEAT', 'KEPT', 'KEPT_COLUMNS',
-           'wilson', 'success_table', 'in_order', 'checkpoint', 'pairs', 'crossed_error', 'pair_error',
-           'paired_interval', 'mcnemar', 'paired_difference', 'difference_table', 'episodes_needed', 'span',
-           'described', 'readable_success', 'readable_differences', 'plot_arm', 'plot_dynamics', 'plot_bounds',
-           'paper_table', 'paper_rows', 'beside_paper', 'markdown', 'save_table', 'summary', 'write_results',
-           'stage_seconds', 'commit_results', 'kept_results']
+           'KEPT_PARAMETERS', 'wilson', 'success_table', 'in_order', 'checkpoint', 'pairs', 'crossed_error',
+           'pair_error', 'paired_interval', 'mcnemar', 'paired_difference', 'difference_table', 'episodes_needed',
+           'span', 'described', 'readable_success', 'readable_differences', 'plot_arm', 'plot_dynamics', 'plot_bounds',
+           'paper_table', 'paper_rows', 'beside_paper', 'markdown', 'save_table', 'reference_text', 'summary',
+           'write_results', 'stage_seconds', 'commit_results', 'kept_results']
 
 # %% ../nbs/12_results.ipynb #d953648b
 from importlib.resources import files
@@ -285,17 +285,26 @@ def save_table(table: pd.DataFrame,  # the table to compute with
         path.write_text(markdown(table if readable is None else readable) + "\n", encoding="utf-8")
 
 # %% ../nbs/12_results.ipynb #7068ad05
+def reference_text(bounds: pd.DataFrame,  # episodes of reference predictors, or their rates: benchmark, task, predictor, success
+                   ) -> str:              # a sentence a task
+    "What the reference predictors reach, in words."
+    rates = bounds.groupby(["benchmark", "task", "predictor"], sort=False)["success"].mean()
+    said = {key: " and ".join(f"{predictor} {100 * rate:.0f} %" for predictor, rate in part.droplevel([0, 1]).items()) for key, part in rates.groupby(level=[0, 1], sort=False)}
+    return " ".join(f"On the same episodes of {task} ({described([benchmark])[0]}): {text}." for (benchmark, task), text in said.items())
+
+# %% ../nbs/12_results.ipynb #5d8e3ff1
 CAVEAT = {1: "One seed: every interval covers the test episodes only. A second training run may move each rate by more than that; nothing here says how much."}
 
-def summary(episodes: pd.DataFrame,  # one row an episode
-            level: float = 0.95,     # confidence level
-            ) -> str:                # Markdown
+def summary(episodes: pd.DataFrame,         # one row an episode
+            level: float = 0.95,            # confidence level
+            bounds: pd.DataFrame = None,    # episodes of reference predictors
+            ) -> str:                       # Markdown
     "The result of a run on one page: success, paired differences, the paper beside it."
     success = success_table(checkpoint(episodes), level)
     ends = pd.concat([checkpoint(episodes, which) for which in ("first", "last")]).drop_duplicates(ignore_index=True)
     seeds = int(success["seeds"].min())
-    caveat = CAVEAT.get(seeds, f"{seeds} seeds: the interval of a success rate is that of these policies, pooled; the interval of a difference covers seeds and episodes.")
-    parts = ["## Success at the last checkpoint", markdown(readable_success(success, level)), caveat,
+    caveat = CAVEAT.get(seeds, f"{seeds} seeds: the interval of a success rate is that of these policies, pooled, and somewhat too narrow; the interval of a difference covers seeds and episodes.")
+    parts = ["## Success at the last checkpoint", markdown(readable_success(success, level)), *([] if bounds is None else [reference_text(bounds)]), caveat,
              "## Paired differences, first and last checkpoint", markdown(readable_differences(difference_table(ends, level), level)),
              "Same seeds, same episodes. McNemar's p speaks of these policies only.",
              "## Beside the paper", "Other robots, other simulators, another model: compare the order of the arms, not the figures. The intervals are ours; the paper's figures are single runs.",
@@ -313,12 +322,13 @@ def write_results(folder: Path,                   # the stage's folder
     save_table(success, folder / "tables", "success", readable_success(success, level))
     save_table(differences, folder / "tables", "differences", readable_differences(differences, level))
     save_table(beside_paper(checkpoint(success)), folder / "tables", "beside_paper")
-    with atomic_path(folder / "tables" / "summary.md") as path: path.write_text(summary(episodes, level), encoding="utf-8")
+    with atomic_path(folder / "tables" / "summary.md") as path: path.write_text(summary(episodes, level, bounds), encoding="utf-8")
     save_figure(plot_dynamics(episodes, level, bounds), folder / "dynamics.png", dpi=120)
 
 # %% ../nbs/12_results.ipynb #059589ae
 KEPT = PACKAGE / "results"
 KEPT_COLUMNS = ["benchmark", "task", "arm", "seed", "step", "episode", "success", "steps"]
+KEPT_PARAMETERS = ["features", "proximity", "selection", "midtrain", "policy", "benchmarks"]  # stages whose parameters shape the result
 
 # %% ../nbs/12_results.ipynb #209ed820
 def stage_seconds(run: str | Path,  # run folder
@@ -337,11 +347,13 @@ def commit_results(run: str | Path,        # finished run folder
                    name: str,              # what it will be called, such as "micro-seeds"
                    out: Path = KEPT,       # folder to keep it in
                    ):
-    "Keep a run's episodes, with date, command, machine, versions and seconds, as files of the package."
-    manifest = read_manifest(Path(run) / "benchmarks")
+    "Keep a run's episodes, with the rates of the reference predictors, date, command, machine, versions, seconds and parameters, as files of the package."
+    manifest, bounds = read_manifest(Path(run) / "benchmarks"), read_table(Path(run) / "benchmarks" / "bounds.parquet")
+    rates = bounds.groupby(["benchmark", "task", "predictor"], sort=False)["success"].mean().reset_index()
+    parameters = {stage: read_manifest(Path(run) / stage)["parameters"] for stage in KEPT_PARAMETERS if (Path(run) / stage / "manifest.json").exists()}
     write_table(read_table(Path(run) / "benchmarks" / "episodes.parquet", KEPT_COLUMNS), Path(out) / f"{name}.parquet")
     write_json({"command": command, "finished": manifest["finished"], "version": manifest["version"], "machine": manifest["environment"],
-                "seconds": stage_seconds(run), "parameters": manifest["parameters"]}, Path(out) / f"{name}.json")
+                "seconds": stage_seconds(run), "parameters": parameters, "bounds": rates.to_dict("records")}, Path(out) / f"{name}.json")
 
 # %% ../nbs/12_results.ipynb #f5788b6a
 def kept_results(out: Path = KEPT,     # folder of `commit_results`

@@ -1,5 +1,5 @@
 "How the house is built: rooms in order, light doors, notebooks and library in step."
-import ast, filecmp, importlib, inspect, json, re, shutil, subprocess, sys, tempfile
+import ast, filecmp, importlib, inspect, json, re, shutil, subprocess, sys, tempfile, tomllib
 from pathlib import Path
 
 import pytest
@@ -76,15 +76,30 @@ def test_rooms_of_arrays_and_tables_know_no_model():
     assert not {"torch", "transformers", "matplotlib"} & loaded_by(*rooms)
 
 
+INSTALLED_AS = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn", "umap-learn": "umap"}
+COMES_ALONG = {"matplotlib": "seaborn", "nbformat": "nbconvert", "nbclient": "papermill", "huggingface_hub": "transformers", "tokenizers": "transformers", "IPython": "jupyterlab"}
+
+
+def declared(*extras):
+    "The modules of the packages that pyproject.toml promises to install."
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + [d for extra in extras for d in project["optional-dependencies"][extra]]
+    names = [re.match(r"[\w-]+", d)[0].lower() for d in wanted]
+    return {INSTALLED_AS.get(name, name.replace("-", "_")) for name in names}
+
+
 def test_third_party_imports_are_declared():
     "What the library imports is what pyproject.toml promises to install; development tools are not among it."
-    text = (ROOT / "pyproject.toml").read_text()
-    wanted = {re.match(r"[\w-]+", d)[0].lower() for d in re.findall(r'"([\w-]+[><=][^"]*)"', text.split("dependencies = [")[1].split("]")[0])}
-    wanted = {{"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn", "umap-learn": "umap"}.get(w, w.replace("-", "_")) for w in wanted}
-    comes_along = {"matplotlib": "seaborn", "nbformat": "nbconvert", "nbclient": "papermill", "huggingface_hub": "transformers", "tokenizers": "transformers", "IPython": "jupyterlab"}
+    wanted = declared("archives", "robots")
     for module in MODULES:
         for name in {i.split(".")[0] for i in imports(module)} - set(sys.stdlib_module_names) - {PACKAGE}:
-            assert name in wanted or comes_along.get(name) in wanted, f"{module} imports {name}"
+            assert name in wanted or COMES_ALONG.get(name) in wanted, f"{module} imports {name}"
+
+
+def test_extras_are_asked_for_when_needed():
+    "Without an extra, every module can be imported."
+    extras = declared("archives", "robots") - declared()
+    assert extras == {"av", "h5py", "indexed_gzip"} and not extras & loaded_by(*(f"{PACKAGE}.{m}" for m in MODULES))
 
 
 # ---- notebooks
