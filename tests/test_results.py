@@ -141,11 +141,15 @@ def test_written_tables_are_the_computed_ones(tmp_path):
 
 
 def test_kept_results_are_enough_to_make_all_tables_again(tmp_path):
-    with Stage(tmp_path / "run", "benchmarks", {"episodes": 40}) as stage: write_table(episodes().assign(policy_hash="x", versions="y"), stage.file("episodes.parquet"))
+    bounds = pd.DataFrame({"benchmark": "tabletop", "task": "reach", "predictor": ["expert", "random actions"] * 20, "success": [True, False] * 20})
+    with Stage(tmp_path / "run", "benchmarks", {"episodes": 40}) as stage:
+        write_table(episodes().assign(policy_hash="x", versions="y"), stage.file("episodes.parquet"))
+        write_table(bounds, stage.file("bounds.parquet"))
     with Stage(tmp_path / "run", "policy/reach/base-0"): pass
     results.commit_results(tmp_path / "run", "emt run --profile micro-seeds", "kept", tmp_path)
     kept, facts = results.kept_results(tmp_path)["kept"]
-    assert results.summary(kept) == results.summary(episodes())
+    assert results.summary(kept, bounds=pd.DataFrame(facts["bounds"])) == results.summary(episodes(), bounds=bounds)
+    assert facts["parameters"] == {"benchmarks": {"episodes": 40}}
     assert facts["command"] and facts["finished"] and facts["machine"]["cpus"] and set(facts["seconds"]) == {"benchmarks", "policy"}
 
 
