@@ -329,7 +329,7 @@ def plot_mmd(
     order = sorted(matrix.index, key=lambda name: kinds[name] == "vla")
     matrix, n = matrix.loc[order, order], len(order)
     fig, ax = plt.subplots(figsize=(min(7, 3.4 + .36 * n), min(5.4, 2.2 + .33 * n)), layout="constrained")
-    sns.heatmap(matrix / np.nanmax(matrix), vmin=0, vmax=1, cmap="rocket_r", annot=100 * matrix, fmt=".1f", annot_kws={"size": 8 if n < 9 else 7}, square=True,
+    sns.heatmap(matrix / np.nanmax(matrix), vmin=0, vmax=1, cmap="rocket_r", annot=(100 * matrix).map(lambda v: f"{v:.1f}" if abs(v) >= .95 else f"{v:.2f}"), fmt="", annot_kws={"size": 8 if n < 9 else 7}, square=True,
                 linewidths=.5, cbar_kws={"label": f"share of the largest, {np.nanmax(matrix):.2g}", "shrink": .8}, ax=ax)
     ax.set(title="squared MMD x 100 (diagonal: one half against the other)", xlabel="", ylabel="")
     ax.title.set_size(10)
@@ -455,7 +455,7 @@ def project(
     neighbours = min(30, (len(x) - 1) // 3)
     if method == "umap":
         from umap import UMAP
-        return UMAP(n_neighbors=max(2, neighbours // 2), random_state=seed, n_jobs=1).fit_transform(x)
+        return UMAP(n_neighbors=max(2, 2 * neighbours), min_dist=.8, random_state=seed, n_jobs=1).fit_transform(x)
     from sklearn.manifold import TSNE
     return TSNE(perplexity=neighbours, init="pca", random_state=seed).fit_transform(x)
 
@@ -492,11 +492,11 @@ def plot_projection(
     kinds = dict(zip(projection.source, projection.kind))
     colours, markers = source_style(kinds)
     methods = list(projection.method.unique())
-    fig, axes = plt.subplots(1, len(methods), figsize=(3.5 * len(methods), 4.4), layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(1, len(methods), figsize=(4 * len(methods), 5), layout="constrained", squeeze=False)
     for ax, method in zip(axes[0], methods):
         for source, points in projection[projection.method == method].groupby("source", sort=False):
-            ax.scatter(points.x, points.y, s=9 if kinds[source] == "vlm" else 16, color=colours[source], marker=markers[source], alpha=.75, linewidths=0, label=source)
+            ax.scatter(points.x, points.y, s=13 if kinds[source] == "vlm" else 20, color=colours[source], marker=markers[source], alpha=.75, linewidths=0, label=source)
         ax.set(title=METHODS[method], xticks=[], yticks=[])
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, 2 * len(methods)), fontsize=8, markerscale=2, frameon=False)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, 2 * len(methods)), fontsize=8, markerscale=1.8, frameon=False)
     sns.despine(fig, left=True, bottom=True)
     return fig

@@ -71,7 +71,7 @@ def main():
     clock, seconds, _ = timed(full)
     print(f"with 200 bootstrap draws and 500 permutations: {clock:.2f} s, processor time {seconds:.2f} s")
     clock, seconds, estimate = timed(fourier)
-    print(f"2,048 Fourier frequencies: {clock:.2f} s, processor time {seconds:.2f} s, largest error {np.abs(estimate.to_numpy() - matrix)[off].max():.4f}")
+    print(f"2,048 Fourier frequencies: {clock:.2f} s, processor time {seconds:.2f} s, largest error {np.abs(estimate.to_numpy() - matrix)[off].max():.0e}")
     print(f"peak extra memory beyond {sum(x.nbytes for x in groups.values()) / 1e6:.0f} MB of features: ours {peak(ours):.0f} MB, with draws and permutations {peak(full):.0f} MB, Fourier {peak(fourier):.0f} MB")
 
 
