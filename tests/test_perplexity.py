@@ -153,3 +153,20 @@ def test_a_part_of_the_pool_is_drawn_per_source():
 def test_figure_shows_the_scores_that_are_there(acting, tiny, mixed):
     axes = plot_ranks(likelihood_table(mixed, acting[0], tiny)).axes[0]
     assert [t.get_text() for t in axes.get_legend().get_texts()] == ["VLA perplexity", "delta perplexity"] and len(axes.get_yticklabels()) == len(WRITERS)
+
+
+def test_a_pool_is_scored_without_storing_its_features(tiny, tmp_path):
+    "Samples to features to scores on the way: the scores of features that were stored first, up to the rounding of float16."
+    from functools import partial
+    from embodied_midtrain.core import read_table
+    from embodied_midtrain.features import extract, write_features
+    from embodied_midtrain.proximity import Estimator, by_chance, feature_blocks, sample_blocks, score_stream
+    weight = np.random.default_rng(0).normal(size=tiny.hidden_size)
+    functions = {0: {"logit": Estimator(weight, 0.0, pd.DataFrame(dict(step=[9], loss=[0.5], accuracy=[0.9])), 0.9, 9), "random": by_chance(0)}}
+    spec = {"reader": "tabletop", "name": "mini-refspatial", "count": 90}
+    write_features([(0, spec)], folder=str(tmp_path), backbone="tiny", revision=None, dtype="float32", pooling="last", text="question", batch_size=32, part_size=64)
+    score_stream(partial(feature_blocks, str(tmp_path), "vlm"), functions, tmp_path / "stored", part_size=40)
+    score_stream(partial(sample_blocks, TabletopSource("mini-refspatial", 90).samples, partial(extract, tiny)), functions, tmp_path / "way", part_size=40)
+    stored, way = (read_table(tmp_path / name) for name in ("stored", "way"))
+    assert stored.id.equals(way.id) and len(list((tmp_path / "way").iterdir())) == 3
+    assert np.allclose(stored.logit, way.logit, atol=0.02 * stored.logit.std()) and (stored.random == way.random).all()

@@ -189,6 +189,17 @@ def test_distance_against_brute_force():
     assert np.allclose(distance_score(pool, vla, block=7), brute, atol=1e-10)
 
 
+def test_distance_never_holds_the_whole_matrix():
+    "20,000 x 2,000 distances would be 320 MB, and each of their parts as much."
+    import tracemalloc
+    x, vla = generator(0, "many").normal(size=(20_000, 8)), generator(1, "many").normal(size=(2000, 8))
+    tracemalloc.start()
+    distance_score(x, vla)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 80e6
+
+
 def test_random_score_is_uniform_and_bound_to_the_id():
     ids = [f"s/{i}" for i in range(5000)]
     score = random_score(ids, 0)
