@@ -56,7 +56,7 @@ def run_parallel(
     total: int = None,      # ticks of all jobs together
     desc: str = "",         # the stage, for the bar
 ) -> dict:                  # name -> what the function returned
-    "Run jobs, as many at a time as there are workers, under one progress bar. Raises RuntimeError with the name of a job that failed."
+    "Run jobs, as many at a time as there are workers, under one progress bar. With several workers a job that fails raises RuntimeError with its name, with one its own error."
     with closing(progress(total=total, desc=desc)) as bar:
         if workers <= 1: return {name: function(**arguments, tick=bar.update) for name, (function, arguments) in jobs.items()}
         ticks, waiting, running, results = multiprocessing.get_context("spawn").Value("q", 0), list(jobs.items()), [], {}

@@ -9,7 +9,7 @@ __all__ = ['PRAISE', 'SALES', 'FACTS', 'SIDES', 'WRITERS', 'GENERAL', 'EMBODIED'
 
 # %% ../../nbs/03b_tabletop_pool.ipynb #4f9633d7
 from functools import lru_cache
-from itertools import chain, count, islice
+from itertools import chain, count as counting, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -50,7 +50,8 @@ def clip_art(
     for slot in range(most):
         u, v, radius = place[:, slot].T
         paint(canvas, kind[:, slot] >= 0, u, v, thing_brush(kind[:, slot], radius))
-    return ClipArt(canvas[:, PAD:-PAD, PAD:-PAD].astype(np.uint8), kind, place, shaded, look.wall.mean(1))
+    images = canvas[:, PAD:-PAD, PAD:-PAD].astype(np.int32).astype(np.uint8)   # too bright a colour wraps around, on every CPU alike
+    return ClipArt(images, kind, place, shaded, look.wall.mean(1))
 
 # %% ../../nbs/03b_tabletop_pool.ipynb #e09cd96d
 PRAISE = ["nice", "best", "cheap", "new", "top", "vintage", "free", "cute"]
@@ -63,14 +64,14 @@ def web_captions(rng, n):
     images, kinds, *_ = clip_art(rng, n)
     def caption(things):
         words = [rng.choice(PRAISE)] * (rng.random() < .6) + (things if rng.random() < .5 else things[:1]) + [rng.choice(SALES)] * (rng.random() < .7)
-        return [(rng.choice(["caption", "title", "alt text"]), " ".join(words))]
+        return [(str(rng.choice(["caption", "title", "alt text"])), " ".join(words))]
     return images, [caption(_named(k)) for k in kinds]
 
 def clean_captions(rng, n):
     "Full sentences about the things and the ground."
     images, kinds, _, shaded, brightness = clip_art(rng, n)
     def ground(i): return f"{'dark' if brightness[i] < 90 else 'bright' if brightness[i] > 165 else 'grey'} {'gradient' if shaded[i] else 'plain'}"
-    return images, [[(rng.choice(["describe the image", "write a short caption"]), f"a {' and a '.join(_named(k))} on a {ground(i)} background")]
+    return images, [[(str(rng.choice(["describe the image", "write a short caption"])), f"a {' and a '.join(_named(k))} on a {ground(i)} background")]
                     for i, k in enumerate(kinds)]
 
 # %% ../../nbs/03b_tabletop_pool.ipynb #4d7507e6
@@ -191,7 +192,16 @@ SHARES = dict(zip(WRITERS, (.38, .16, .12, .09, .10, .04, .04, .07)))
 BLOCK = 256
 
 # %% ../../nbs/03b_tabletop_pool.ipynb #ce365f31
-class TabletopSource(Source):
+class _InBlocks:
+    "Records that are made a block at a time, by the `_block` of a source."
+    def __len__(self): return self.count
+
+    def records(self, start=0):
+        block, within = divmod(start, BLOCK)
+        return islice(chain.from_iterable(map(self._block, counting(block))), within, max(within, self.count - block * BLOCK))
+
+# %% ../../nbs/03b_tabletop_pool.ipynb #c0e05197
+class TabletopSource(_InBlocks, Source):
     """One of the eight synthetic sources."""
     kind = "vlm"
 
@@ -204,15 +214,9 @@ class TabletopSource(Source):
         super().__init__(name)
         self.count, self.seed = count, seed
 
-    def __len__(self): return self.count
-
     def _block(self, number):  # -> list of Record
         images, turns = WRITERS[self.name](generator(self.seed, "pool", self.name, number), BLOCK)
         return [Record(str(key), "drawn by the tabletop", drawn) for key, drawn in enumerate(zip(images, turns), number * BLOCK)]
-
-    def records(self, start=0):
-        block, within = divmod(start, BLOCK)
-        return islice(chain.from_iterable(map(self._block, count(block))), within, max(within, self.count - block * BLOCK))
 
     def parse(self, record):
         image, turns = record.value
@@ -238,7 +242,7 @@ def tabletop_pool(
     return [dict(reader="tabletop", name=name, count=round(size * share), seed=seed) for name, share in SHARES.items()]
 
 # %% ../../nbs/03b_tabletop_pool.ipynb #9fe13d41
-class TabletopRobot(RobotSource):
+class TabletopRobot(_InBlocks, RobotSource):
     """Demonstrations of one task in one suite."""
     def __init__(self,
         name: str,            # of the source
@@ -252,15 +256,9 @@ class TabletopRobot(RobotSource):
         super().__init__(name, stride)
         self.task, self.count, self.seed, self.suite = task, count, seed, suite
 
-    def __len__(self): return self.count
-
     def _block(self, number):  # -> list of Record
         demos = demonstrate(self.task, seed_for(self.seed, "demonstrations", number), BLOCK, self.suite)
         return [Record(str(key), "acted on the tabletop", demo) for key, demo in enumerate(demos, number * BLOCK)]
-
-    def records(self, start=0):
-        block, within = divmod(start, BLOCK)
-        return islice(chain.from_iterable(map(self._block, count(block))), within, max(within, self.count - block * BLOCK))
 
     def episode(self, record):
         demo = record.value

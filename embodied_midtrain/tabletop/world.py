@@ -30,7 +30,7 @@ class Look:
     width: np.ndarray        # (B,) table width at the near edge, px
     near: np.ndarray         # (B,) row of the near edge, px
     far: np.ndarray          # (B,) row of the far edge, px
-    perspective: np.ndarray  # (B,) 0 = seen from straight above; 1 = the far edge looks half as wide
+    perspective: np.ndarray  # (B,) above 0: the smaller, the more from straight above; 1 = the far edge looks half as wide
     centre: np.ndarray       # (B,) column of the table's middle, px
     table: np.ndarray        # (B, 3) colour 0..255
     wall: np.ndarray         # (B, 3) colour 0..255
