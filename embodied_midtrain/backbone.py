@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'MARKS', 'PIECES', 'TEMPLATE', 'PROCESSORS', 'TINY', 'Family', 'chat', 'tiny_tokenizer', 'Encoded',
-           'position_embedding', 'Backbone', 'tiny_backbone', 'answer_nll', 'answer_loss', 'load_backbone']
+           'position_embedding', 'Backbone', 'tiny_backbone', 'answer_nll', 'answer_loss', 'load_backbone',
+           'backbone_hash']
 
 # %% ../nbs/04_backbone.ipynb #94bf2598
 import json
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging
 
-from .core import stable_hash
+from .core import input_hash, stable_hash
 from .samples import IMAGE_MARK, BadSample, Sample
 
 # %% ../nbs/04_backbone.ipynb #055b7c70
@@ -30,7 +31,7 @@ class Family:
     image: str         # the placeholder token, once per image in the chat template
     before: str = ""   # token in front of the placeholders
     after: str = ""    # token behind them
-    types: bool = False  # whether the model wants to be told which tokens are images (M-RoPE)
+    types: bool = False  # whether the model wants to be told which tokens are images: its positions (M-RoPE) have a row and a column there
 
 def _one_tile(processor, config, pictures):
     size = processor.size["width"], processor.size["height"]
@@ -173,7 +174,7 @@ class Backbone:
     device = property(lambda self: self.model.device)
 
     def prompt(self, sample: Sample, answers: bool = False) -> str:
-        "The exact text of a sample: its question with the cue to answer, or with answers the whole conversation."
+        "The exact text of a sample: its question, with the cue to answer if the template has one, or with answers the whole conversation."
         return self._render(sample.messages) if answers else self._render(sample.question, cue=True)
 
     def _render(self, messages, cue=False):
@@ -212,7 +213,7 @@ def tiny_backbone(
     tokenizer,       # from tiny_tokenizer
     seed: int = 0,
 ) -> Backbone:       # with random weights
-    "An InternVL of half a million parameters."
+    "An InternVL of 0.42 million parameters."
     from transformers import InternVLConfig, InternVLVisionConfig, Qwen3Config
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
     vision = InternVLVisionConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, image_size=[64, 64], patch_size=[8, 8],
@@ -295,3 +296,13 @@ def load_backbone(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
     return Backbone(model.eval().to(device), tokenizer, AutoImageProcessor.from_pretrained(where, revision=revision), name)
+
+# %% ../nbs/04_backbone.ipynb #688808d8
+def backbone_hash(
+    name: str,              # as of load_backbone
+    revision: str = None,   # of a hub id
+) -> str:                   # of the content of a folder, or hub id and revision
+    "What a stage's key remembers of its backbone. Raises FileNotFoundError for a folder that is not there."
+    path = TINY if name == "tiny" else Path(name)
+    hub = not path.exists() and not path.is_absolute() and name.count("/") == 1
+    return f"{name}@{revision}" if hub else input_hash(path)

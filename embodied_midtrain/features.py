@@ -6,6 +6,7 @@
 __all__ = ['POOLINGS', 'TEXTS', 'extract', 'decoded', 'write_features', 'share_out']
 
 # %% ../nbs/05_features.ipynb #2ad48da2
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 
 from .backbone import Backbone, load_backbone
 from .core import read_table, unknown, write_table
-from .samples import BadSample, Sample, SetAside
+from .samples import BadSample, ImageRef, Sample, SetAside
 from .sources.base import open_source
 from .vectors import feature_table
 
@@ -62,8 +63,6 @@ def decoded(
     set_aside: SetAside,    # takes those whose image cannot be decoded
 ) -> list:                  # of Sample with decoded images
     "Samples with their images opened, the broken ones left out and noted."
-    from dataclasses import replace
-    from embodied_midtrain.samples import ImageRef
     good = []
     for sample in samples:
         try: good.append(replace(sample, images=tuple(ImageRef(array=np.asarray(image.open())) for image in sample.images)))
@@ -82,7 +81,7 @@ def write_features(
     batch_size: int,      # samples a forward pass
     part_size: int,       # samples a file
     tick=lambda n: None,  # called with the number of samples done
-) -> list:                # a dict a source: source, read, kept, set_aside
+) -> list:                # a dict a source: source, read and kept (numbers), aside (a table of those set aside)
     "Write the parts of some sources that are not there yet."
     model = load_backbone(backbone, revision, dtype)
     return [_write_source(open_source(spec), number, Path(folder), lambda samples: extract(model, samples, pooling, text, batch_size, tick), part_size, tick)

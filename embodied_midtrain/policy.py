@@ -257,6 +257,6 @@ def plot_losses(
     figure, axes = plt.subplots(1, len(tasks), figsize=(1 + 3.8 * len(tasks), 2.8), squeeze=False, layout="constrained")
     smoothed = log.assign(loss=log.groupby(["task", "arm", "seed"], sort=False).loss.transform(lambda x: x.rolling(smooth, min_periods=1).mean()))
     for ax, task in zip(axes[0], tasks):
-        sns.lineplot(smoothed[smoothed.task == task], x="step", y="loss", hue="arm", errorbar=None, palette=ARM_COLOUR | {"base": "#5f5f5f"}, ax=ax)
+        sns.lineplot(smoothed[smoothed.task == task], x="step", y="loss", hue="arm", errorbar=None, palette=ARM_COLOUR, ax=ax)
         ax.set(title=task, xlabel="fine-tuning step", ylabel="training loss", ylim=(0, None))
     return figure

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from embodied_midtrain.backbone import FAMILIES, TINY, Backbone, answer_loss, answer_nll, load_backbone, tiny_backbone, tiny_tokenizer
+from embodied_midtrain.backbone import FAMILIES, TINY, Backbone, answer_loss, answer_nll, backbone_hash, load_backbone, tiny_backbone, tiny_tokenizer
 from embodied_midtrain.samples import BadSample, ImageRef, Sample, turn
 from embodied_midtrain.tabletop.pool import TabletopSource
 
@@ -109,6 +109,18 @@ def test_our_inputs_equal_autoprocessors(family, tiny, tmp_path):
 @pytest.mark.parametrize("name", ["nowhere", "a/b/c", "/no/such/folder"])
 def test_a_missing_folder_is_named(name):
     with pytest.raises(FileNotFoundError, match="no backbone at"): load_backbone(name)
+
+
+def test_the_hash_of_a_backbone_is_of_its_content_or_of_its_name_on_a_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder, content in ("a", "1"), ("b", "1"), ("c", "2"):
+        (tmp_path / "models" / folder).mkdir(parents=True)
+        (tmp_path / "models" / folder / "config.json").write_text(content)
+    a, b, c = (backbone_hash(name) for name in ("models/a", str(tmp_path / "models" / "b"), "models/c"))
+    assert a == b != c and backbone_hash("tiny") == backbone_hash(str(TINY))
+    assert backbone_hash("models/other", "v1") == "models/other@v1" != backbone_hash("models/other", "v2")   # owner/name: of a hub, where it is no folder
+    for missing in "run/midtrain/random-0", str(tmp_path / "x"), "x":
+        with pytest.raises(FileNotFoundError, match="does not exist"): backbone_hash(missing)
 
 
 def test_unknown_family_names_the_known(tiny):

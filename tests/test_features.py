@@ -7,8 +7,9 @@ import pytest
 
 from embodied_midtrain.backbone import load_backbone
 from embodied_midtrain.features import extract, share_out, write_features
+from embodied_midtrain.pipeline import notebook_folder, parameters_of
 from embodied_midtrain.vectors import read_features
-from embodied_midtrain.tabletop.pool import TabletopSource
+from embodied_midtrain.tabletop.pool import TabletopSource, tabletop_pool
 
 HOW = dict(backbone="tiny", revision=None, dtype="float32", pooling="last", text="question", batch_size=32, part_size=16)
 
@@ -55,6 +56,12 @@ def test_order_and_batches_do_not_matter():
     tiny, samples = load_backbone("tiny", device="cpu"), list(TabletopSource("mini-llava", 20))
     x = extract(tiny, samples, batch_size=7)
     assert np.allclose(x[::-1].astype(float), extract(tiny, samples[::-1], batch_size=20).astype(float), atol=5e-3)
+
+
+def test_the_notebooks_pool_is_the_tabletops():
+    "The parameters cell spells it out for the reader; here it is held to the shares."
+    pool = parameters_of(notebook_folder() / "05_features.ipynb")["pool"].default
+    assert [{**spec, "seed": 0} for spec in pool] == tabletop_pool(60_000)
 
 
 def test_sources_are_shared_out_once():

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from embodied_midtrain.backbone import answer_loss, load_backbone, tiny_backbone, tiny_tokenizer
 from embodied_midtrain.core import Stage
-from embodied_midtrain.midtrain import choose_held_out, held_out_loss, midtrain, midtrain_arm
+from embodied_midtrain.midtrain import choose_held_out, held_out_limits, held_out_loss, held_out_text, midtrain, midtrain_arm
 from embodied_midtrain.samples import IMAGE_MARK, ImageRef, Sample, turn
 from embodied_midtrain.tabletop.pool import TabletopSource
 
@@ -80,6 +80,19 @@ def test_held_out_is_disjoint_and_stable():
     one = choose_held_out(pool, selected, 20)
     assert not set(one.id) & set(selected) and one.source.value_counts().eq(20).all()
     assert one.equals(choose_held_out(pool, selected, 20)) and len(choose_held_out(pool, pool.id, 20)) == 0
+
+
+def test_what_held_out_samples_cannot_tell_is_told():
+    pool = pd.DataFrame({"id": [f"{s}/{i}" for s in "abc" for i in range(10)], "source": [s for s in "abc" for _ in range(10)]})
+    selection = {("proximity", 0): pool[:12], ("proximity", 1): pool[:15], ("random", 0): pool[::3]}   # of both seeds together 10 of a and 5 of b
+    assert held_out_limits(pool, selection) == ["proximity took all of a: nothing of it is left to measure", "proximity took 50% of b: measured is the rest, which it ranked lower"]
+    assert held_out_limits(pool, {("random", 0): pool[::3]}) == []
+
+
+def test_rises_and_falls_are_told_largest_first_over_all_seeds():
+    rows = [("proximity", seed, source, 1.0, 1.0 + change) for seed in (0, 1) for source, change in (("near", -.5), ("far", 2 + seed), ("farther", 4.0))]
+    table = pd.DataFrame([*rows, ("random", 0, "far", 1.0, 1.0)], columns=["arm", "seed", "source", "before", "after"])
+    assert held_out_text(table) == ["proximity: fell on 1 of 3: near -0.50; rose on 2 of 3: farther +4.00, far +2.50", "random: unchanged"]
 
 
 PARAMETERS = dict(seed=0, steps=6, batch_size=4, accumulation=1, lr=5e-3, optimizer="muon", schedule="linear-tail", warmup=2, weight_decay=0.01, beta2=0.98, precision="no",

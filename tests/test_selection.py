@@ -5,7 +5,7 @@ import pytest
 
 from embodied_midtrain.core import generator
 from embodied_midtrain.samples import ImageRef, Sample
-from embodied_midtrain.selection import (composition, diversity, diversity_draws, diversity_table, fetch_by_id, gallery, gallery_rows, paper_diversity,
+from embodied_midtrain.selection import (composition, composition_text, diversity, diversity_draws, diversity_table, diversity_text, fetch_by_id, gallery, gallery_rows, paper_diversity,
                                          sample_text, select, top_k)
 
 
@@ -63,6 +63,19 @@ def test_composition(scores):
     row = made_of[(made_of.arm == "random") & (made_of.source == "b")].iloc[0]
     assert np.isclose(row.retention, (selected[selected.arm == "random"].source == "b").sum() / (pool.source == "b").sum())
     assert composition(selected[selected.source != "c"], pool).query("source == 'c'").kept.tolist() == [0, 0]
+
+
+def test_a_composition_in_words():
+    pool = pd.DataFrame(dict(source=["a"] * 80 + ["b"] * 20))
+    selected = pd.DataFrame(dict(arm=["proximity"] * 10 + ["random"] * 10, seed=0, source=["b"] * 10 + ["a"] * 8 + ["b"] * 2))
+    assert composition_text(composition(selected, pool)) == ["proximity: 100.0% b (50% of that source); nothing of a", "random: 80.0% a (10% of that source), 20.0% b (10% of that source)"]
+
+
+def test_diversities_in_words():
+    rows = [("pool", 0, 7.4, 7.0, 7.7), ("selected: proximity", 0, 1.4, 1.3, 1.5), ("selected: random", 0, 7.0, 6.7, 7.4), ("selected: distance", 1, 7.8, 7.6, 8.0), ("selected: random", 1, 6.0, 5.5, 6.5)]
+    near, distance, paper = diversity_text(pd.DataFrame(rows, columns=["subset", "seed", "diversity", "low", "high"]))
+    assert near.startswith("seed 0: selected: proximity 1.40 (1.30 to 1.50): narrower than pool 7.40") and "narrower than selected: random 7.00" in near
+    assert "not told apart from pool 7.40" in distance and "broader than selected: random 6.00" in distance and "1.93" in paper
 
 
 def test_diversity_equals_the_double_loop():
