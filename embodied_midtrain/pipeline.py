@@ -74,7 +74,7 @@ def parameters_of(
 def coerce(
     value,                  # from a profile or from --set
     parameter: Parameter,   # what the notebook takes
-    where: str,             # for the error: "gap.perplexity"
+    where: str,             # for the error: "gap.bootstrap"
 ):                          # the value, a float where a float is asked for
     "Check a value against a parameter's types. Raises ValueError."
     if type(value).__name__ in parameter.types: return value
@@ -130,13 +130,13 @@ def _owner(name: str, known: dict) -> tuple:
 
 # %% ../nbs/13_pipeline.ipynb #838b2a8d
 def parse_change(
-    text: str,      # "gap.perplexity=20"
+    text: str,      # "gap.bootstrap=50"
     known: dict,    # stage -> {name: Parameter}
 ) -> tuple:         # stage, parameter, value
     "One --set of the command line. The value is YAML; where text is wanted it is taken as it stands."
     import yaml
     name, equals, raw = text.partition("=")
-    if not equals: raise ValueError(f"--set {text}: expected name=value, such as gap.perplexity=20")
+    if not equals: raise ValueError(f"--set {text}: expected name=value, such as gap.bootstrap=50")
     if name.split(".")[-1] == "run": raise ValueError(f"--set {text}: the run folder is the same for all stages, use --run")
     stage, name = _owner(name.strip(), known)
     parameter = known[stage][name]
@@ -233,7 +233,7 @@ def plan(
     profile: str = "micro",         # name or YAML file
     run: str | Path = None,         # run folder, instead of the profile's
     stages: str = None,             # "gap,proximity"; all of the profile's by default
-    changes: list = (),             # ["gap.perplexity=20"]
+    changes: list = (),             # ["gap.bootstrap=50"]
     notebooks: str | Path = None,   # folder of the stage notebooks
 ) -> list:                          # of Job
     "Check everything that can be checked before work. Raises ValueError or FileNotFoundError, with the nearest right name."

@@ -1,5 +1,5 @@
 "Closed-loop evaluation: however episodes are played, the same things happen in them."
-import asyncio, inspect, sys, types
+import asyncio, inspect, types
 
 import numpy as np
 import pandas as pd
@@ -7,7 +7,7 @@ import pytest
 
 from embodied_midtrain.benchmarks import tabletop
 from embodied_midtrain.benchmarks.base import Expert, Filmed, RandomActions, plot_films, run_episodes
-from embodied_midtrain.benchmarks.tabletop import Checkpoint, TabletopBenchmark, evaluate, evaluate_all, find_policies, only, test_episodes as fixed_episodes
+from embodied_midtrain.benchmarks.tabletop import Checkpoint, TabletopBenchmark, evaluate, evaluate_all, find_policies, last_rates, only, test_episodes as fixed_episodes
 from embodied_midtrain.core import Stage, file_hash, read_manifest, write_json
 from embodied_midtrain.tabletop.tasks import TASKS, Tabletop
 
@@ -155,7 +155,7 @@ def test_broken_predictors_are_told(actions, message):
 # ---- the stage
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(tmp_path):
     "A run with two trained policies; their weights are a seed, their policy a Reflex."
     with Stage(tmp_path, "policy", {"demos": {"reach": {}}, "arms": ["base", "proximity"], "seeds": [0]}) as stage:
         for arm, seed in (("base", 0), ("proximity", 1), ("left over", 2)): write_json(seed, stage.path / f"reach/{arm}-0/step-100/weights.json")
@@ -163,8 +163,7 @@ def run(tmp_path, monkeypatch):
     def load_policy(folder):
         loaded.append(folder.parent.name)
         return Reflex(int((folder / "weights.json").read_text()))
-    monkeypatch.setitem(sys.modules, "embodied_midtrain.policy", types.SimpleNamespace(load_policy=load_policy))
-    return types.SimpleNamespace(path=tmp_path, loaded=loaded, play=lambda: evaluate_all(find_policies(tmp_path / "policy"), tmp_path, {"episodes": COUNT}, workers=1))
+    return types.SimpleNamespace(path=tmp_path, loaded=loaded, play=lambda: evaluate_all(find_policies(tmp_path / "policy"), tmp_path, {"episodes": COUNT}, workers=1, load=load_policy))
 
 
 def test_every_row_says_where_it_comes_from(run):
@@ -216,3 +215,17 @@ def test_films_show_a_success_and_a_failure():
     figure = plot_films([(filmed, "reflex")])
     assert [ax.get_title(loc="left") for ax in figure.axes[::7]] == filmed.instructions
     assert isinstance(filmed, Filmed)
+
+
+def test_a_short_episode_is_shown_once_and_the_rest_of_its_row_is_empty():
+    env = Filmed(only(fixed_episodes("reach", COUNT), [0]), [0])
+    run_episodes(env, Expert(env))
+    assert 0 < env.steps[0] < 20
+    row = plot_films([(env, "expert")], columns=20).axes
+    assert [ax.get_xlabel() for ax in row if ax.axison] == [f"step {t}" for t in range(env.steps[0] + 1)]
+
+
+def test_the_last_checkpoint_is_told_beside_floor_and_ceiling():
+    table = pd.DataFrame([("reach", arm, step, step == 2 and i < hits) for arm, hits in (("base", 1), ("proximity", 3)) for step in (1, 2) for i in range(4)], columns=["task", "arm", "step", "success"])
+    bounds = pd.DataFrame(dict(task="reach", predictor=["expert"] * 2 + ["random actions"] * 2, success=[True, True, True, False]))
+    assert last_rates(table, bounds) == ["reach at step 2: base 25.0%, proximity 75.0%, expert 100.0%, random actions 50.0%; below random actions: base"]

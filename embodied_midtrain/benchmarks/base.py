@@ -101,14 +101,16 @@ class Filmed:
 def plot_films(films: list,          # (Filmed, played to its end; who acted) pairs
                columns: int = 7,     # frames shown of each episode
                ):                    # matplotlib figure
-    "A row of frames for each filmed episode, its instruction above, who acted and the outcome beside it."
+    "A row of frames for each filmed episode, its instruction above, who acted and the outcome beside it. A short episode leaves the rest of its row empty."
     import matplotlib.pyplot as plt
     rows = [(film, i, who) for film, who in films for i in range(len(film.which))]
     height, width = films[0][0].frames[0].shape[1:3]
     figure, axes = plt.subplots(len(rows), columns, figsize=(7, len(rows) * (6.6 / columns * height / width + .36)), squeeze=False, layout="constrained")
     for row, (film, i, who) in zip(axes, rows):
         episode = film.which[i]
-        for ax, t in zip(row, np.linspace(0, film.steps[episode], columns).round().astype(int)):
+        shown = np.unique(np.linspace(0, film.steps[episode], columns).round().astype(int))
+        for ax in row[len(shown):]: ax.axis("off")
+        for ax, t in zip(row, shown):
             ax.imshow(film.frames[t][i])
             ax.set(xticks=[], yticks=[])
             ax.set_xlabel(f"step {t}", fontsize=6, labelpad=1)

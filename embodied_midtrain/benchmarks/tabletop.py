@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['TEST_SEED', 'ACTION_SPEC', 'OBSERVATION_SPEC', 'RECORDED', 'test_episodes', 'only', 'evaluate_bounds', 'StepResult',
            'TabletopBenchmark', 'Checkpoint', 'find_policies', 'evaluate', 'evaluate_policy', 'evaluate_policies',
-           'evaluate_all', 'film_policy', 'film_arms']
+           'evaluate_all', 'last_rates', 'film_policy', 'film_arms']
 
 # %% ../../nbs/11a_benchmarks_tabletop.ipynb #385b5666
 import copy
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import pandas as pd
@@ -158,16 +159,20 @@ def evaluate(checkpoint: Checkpoint,   # whose episodes these are
 def evaluate_policy(checkpoint: Checkpoint,   # whose folder holds the policy
                     run: str | Path,          # run folder
                     how: dict,                # episodes, suite, execute of `evaluate`
+                    load: Callable = None,    # folder -> predictor; policy.load_policy when left out
                     ) -> Path:                # the table of its episodes
     "Load a policy, play its test episodes and write their table; nothing to do if that was done."
     stage = Stage(run, f"benchmarks/{checkpoint.name}", how, {"policy": folder_hash(checkpoint.folder)})
     if not stage.done:
-        from embodied_midtrain.policy import load_policy
         with stage:
-            table = evaluate(checkpoint, load_policy(checkpoint.folder), **how)
+            table = evaluate(checkpoint, (load or _load_policy)(checkpoint.folder), **how)
             write_table(table.assign(policy_hash=stage.inputs["policy"], versions=versions(*RECORDED)), stage.file("episodes.parquet"))
             stage.count(episodes=len(table), successes=int(table["success"].sum()))
     return stage.file("episodes.parquet")
+
+def _load_policy(folder):
+    from embodied_midtrain.policy import load_policy   # seconds, for those who need it
+    return load_policy(folder)
 
 RECORDED = ("embodied-midtrain", "numpy", "torch", "transformers")  # whose versions stand in every row
 
@@ -175,12 +180,13 @@ RECORDED = ("embodied-midtrain", "numpy", "torch", "transformers")  # whose vers
 def evaluate_policies(checkpoints: list,         # of Checkpoint
                       run: str | Path,           # run folder
                       how: dict,                 # episodes, suite, execute of `evaluate`
+                      load: Callable = None,     # as above
                       tick=lambda n=1: None,     # called after each, for the progress bar
                       ) -> list:                 # tables written
     "`evaluate_policy` for several, in one process."
     paths = []
     for checkpoint in checkpoints:
-        paths.append(evaluate_policy(checkpoint, run, how))
+        paths.append(evaluate_policy(checkpoint, run, how, load))
         tick()
     return paths
 
@@ -189,12 +195,27 @@ def evaluate_all(checkpoints: list,   # of Checkpoint
                  run: str | Path,     # run folder
                  how: dict,           # episodes, suite, execute of `evaluate`
                  workers: int = 2,    # processes
+                 load: Callable = None,  # as above
                  ) -> pd.DataFrame:   # one row an episode, of all checkpoints in their order
     "Play the test episodes of all checkpoints, several side by side."
-    shares = {f"share {i + 1}": (evaluate_policies, {"checkpoints": checkpoints[i::workers], "run": run, "how": how}) for i in range(min(workers, len(checkpoints)))}
+    shares = {f"share {i + 1}": (evaluate_policies, {"checkpoints": checkpoints[i::workers], "run": run, "how": how, "load": load}) for i in range(min(workers, len(checkpoints)))}
     written = {path for paths in run_parallel(shares, workers, len(checkpoints), "benchmarks").values() for path in paths}
     tables = [read_table(path) for checkpoint in checkpoints for path in written if path.parent == Path(run) / "benchmarks" / checkpoint.name]
     return pd.concat(tables, ignore_index=True)
+
+# %% ../../nbs/11a_benchmarks_tabletop.ipynb #21ef1531
+def last_rates(table: pd.DataFrame,    # all episodes
+               bounds: pd.DataFrame,   # from `evaluate_bounds`
+               ) -> list:              # a line a task
+    "Success at the last checkpoint (seeds pooled), floor and ceiling, and which arms do not reach the floor."
+    lines = []
+    for task, part in table.groupby("task", sort=False):
+        rates = part[part["step"] == part["step"].max()].groupby("arm", sort=False)["success"].mean()
+        ends = bounds[bounds["task"] == task].groupby("predictor", sort=False)["success"].mean()
+        below = list(rates.index[rates < ends["random actions"]])
+        told = ", ".join(f"{name} {rate:.1%}" for name, rate in [*rates.items(), *ends.items()])
+        lines.append(f"{task} at step {part['step'].max()}: {told}" + (f"; below random actions: {', '.join(below)}" if below else ""))
+    return lines
 
 # %% ../../nbs/11a_benchmarks_tabletop.ipynb #e7316ee9
 def film_policy(predictor,              # anything with `act`
@@ -215,8 +236,7 @@ def film_arms(checkpoints: list,                      # of Checkpoint
               **how,                                  # suite, execute of `film_policy`
               ):                                      # matplotlib figure
     "Film strips of some arms on the first task, first seed, last checkpoint."
-    from embodied_midtrain.policy import load_policy
     first = [c for c in checkpoints if (c.task, c.seed) == (checkpoints[0].task, checkpoints[0].seed)]
     last = {c.arm: c for c in first}  # checkpoints come in the order of their steps
     chosen = [last[arm] for arm in arms if arm in last] or list(last.values())
-    return plot_films([(film_policy(load_policy(c.folder), table[(table[list(c.facts)] == c.facts.values()).all(axis=1)], **how), c.arm) for c in chosen])
+    return plot_films([(film_policy(_load_policy(c.folder), table[(table[list(c.facts)] == c.facts.values()).all(axis=1)], **how), c.arm) for c in chosen])
