@@ -178,7 +178,7 @@ def plot_ranks(
     for shift, (column, marker, colour) in enumerate(zip(names, "osD^", sns.color_palette("colorblind"))):
         ax.plot(ranks[column][order], np.arange(len(order)) + .16 * (shift - (len(names) - 1) / 2), marker, color=colour, markersize=6, label=names[column])
     ax.axvline(.5, color="0.8", linewidth=1, zorder=0)
-    ax.set(yticks=range(len(order)), yticklabels=order, xlim=(0, 1), xlabel="mean rank in the pool (1: nearest)")
+    ax.set(yticks=range(len(order)), yticklabels=order, xlim=(0, 1), ylim=(-.6, len(order) - .4), xlabel="mean rank in the pool (1: nearest)")
     ax.grid(axis="y", color="0.93")
     ax.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
     sns.despine(fig)
