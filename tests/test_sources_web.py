@@ -286,8 +286,8 @@ def test_splits_are_kept_apart(tmp_path):
 def test_pictures_wait_in_the_file(tmp_path, monkeypatch):
     "Text alone is read without the pictures; neighbours share one read; nothing is kept by the samples."
     folder = table(tmp_path / "t", rows=300, group=100)
-    reads, read = [], web._chunk.__wrapped__
-    monkeypatch.setattr(web, "_chunk", web.lru_cache(maxsize=4)(lambda *what: reads.append(what[2:]) or read(*what)))
+    reads, read = [], web._pictures.__wrapped__
+    monkeypatch.setattr(web, "_pictures", web.lru_cache(maxsize=4)(lambda *what: reads.append(what[2:]) or read(*what)))
     samples = list(web.HfSource("t", str(folder)))
     assert len(samples) == 300 and not reads
     assert [s.images[0].encoded() for s in samples] == [jpeg(i) for i in range(300)] and reads == [(0, "image"), (1, "image"), (2, "image")]

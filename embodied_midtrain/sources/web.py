@@ -18,6 +18,7 @@ from typing import Callable, Iterator
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..archives import Archive, Folder, Member, find_image, open_roots, tar_members
@@ -147,13 +148,20 @@ def _chunk(path: str, stamp: int, group: int, column: str) -> pa.ChunkedArray:
     return _parquet(path, stamp).read_row_group(group, [column], use_threads=False).column(column)
 
 # %% ../../nbs/02c_sources_web.ipynb #875a4eb5
+@lru_cache(maxsize=4)
+def _pictures(path: str, stamp: int, group: int, column: str) -> pa.ChunkedArray:  # of bytes, or of lists
+    "The encoded pictures of one group; of records {bytes, path}, the bytes alone."
+    file = _parquet(path, stamp)
+    if not pa.types.is_struct(file.schema_arrow.field(column).type): return _chunk(path, stamp, group, column)
+    return pc.struct_field(file.read_row_group(group, [f"{column}.bytes"], use_threads=False).column(column), "bytes")
+
 def _cell(
     path: str, stamp: int, group: int, row: int,  # the row counted in its group
     column: str,
     k: int,     # which, where the column is of lists
 ) -> bytes:
     "One encoded picture of a table."
-    value = _chunk(path, stamp, group, column)[row]
+    value = _pictures(path, stamp, group, column)[row]
     if isinstance(value, pa.ListScalar): value = value[k]
     return (value["bytes"] if isinstance(value, pa.StructScalar) else value).as_py()
 
@@ -241,7 +249,8 @@ class ParquetRows:
             table, waits = _group(span, columns, pictures)
             table = table.slice(skip := max(0, start - first))
             batches = (batch.to_pylist() for batch in table.to_batches(max_chunksize=64))
-            for number, row in enumerate((row for batch in batches for row in batch), first + skip): yield number, os.path.basename(file), row | waits
+            name = os.path.basename(file)
+            for number, row in enumerate((row for batch in batches for row in batch), first + skip): yield number, name, row | waits if waits else row
 
     def row(self, number: int, columns: tuple, pictures: tuple = ()) -> tuple[int, str, dict]:
         "One row. Raises KeyError when there is none of that number."
@@ -254,7 +263,7 @@ class ParquetRows:
         "The k-th picture of a cell, read when it is opened."
         if not self.near[3] <= number < self.near[3] + self.near[4]: self.near = self.groups[np.searchsorted(self.firsts, number, "right") - 1]
         file, stamp, group, first, _ = self.near
-        return ImageRef(load=partial(_cell, file, stamp, group, number - first, column, k), where=f"{os.path.basename(file)}: row {number}, {column}")
+        return ImageRef(load=partial(_cell, file, stamp, group, number - first, column, k), where=f"{file[file.rfind(os.sep) + 1:]}: row {number}, {column}")
 
 # %% ../../nbs/02c_sources_web.ipynb #9a7891b8
 class DatasetRows:
