@@ -175,7 +175,9 @@ def plot_ranks(
     ranks = scores[list(names)].rank(pct=True).groupby(scores.source).mean()
     order = ranks.sort_values(ranks.columns[0]).index
     fig, ax = plt.subplots(figsize=(7, 1.2 + .36 * len(order)), layout="constrained")
-    for shift, (column, marker, colour) in enumerate(zip(names, "osD^", sns.color_palette("colorblind"))):
+    look = dict(zip(SCORES, zip("osD^", sns.color_palette("colorblind"))))  # the same in every figure
+    for shift, column in enumerate(names):
+        marker, colour = look[column]
         ax.plot(ranks[column][order], np.arange(len(order)) + .16 * (shift - (len(names) - 1) / 2), marker, color=colour, markersize=6, label=names[column])
     ax.axvline(.5, color="0.8", linewidth=1, zorder=0)
     ax.set(yticks=range(len(order)), yticklabels=order, xlim=(0, 1), ylim=(-.6, len(order) - .4), xlabel="mean rank in the pool (1: nearest)")
