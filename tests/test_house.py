@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from embodied_midtrain.pipeline import STAGES, parameters_of
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = "embodied_midtrain"
 NOTEBOOKS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
@@ -50,7 +52,7 @@ def test_imports_only_from_lower_numbers(module):
 
 def test_rooms_that_never_meet():
     assert not any(i.startswith(f"{PACKAGE}.midtrain") for i in imports("policy")), "a checkpoint folder is the interface"
-    stages = {f"{PACKAGE}.{m}" for m in ("features", "gap", "proximity", "selection", "midtrain", "policy", "benchmarks.tabletop", "results")}
+    stages = {f"{PACKAGE}.{m}" for m in ("features", "gap", "proximity", "perplexity", "selection", "midtrain", "policy", "benchmarks.tabletop", "results")}
     for module in "pipeline", "cli": assert not stages & set(imports(module)), "the pipeline imports no stage"
 
 
@@ -119,6 +121,24 @@ def test_pieces_are_small_and_shown_at_once(notebook):
         if len(source(cell).splitlines()) > 50: wrong.append(f"too long: {source(cell)[:60]}")
         if all(exports(c) for c in every[i + 1:i + 4]): wrong += [f"{d.name} is followed by no example" for d in public_definitions(source(cell))]
     assert not wrong, wrong
+
+
+INNER = (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)  # names in these are their own
+
+
+def assigned(node):
+    "The names that code gives a value in the notebook's own namespace."
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store): yield node.id
+    for child in ast.iter_child_nodes(node): yield from () if isinstance(child, INNER) else assigned(child)
+
+
+@pytest.mark.parametrize("stage", STAGES.values())
+def test_examples_leave_the_parameters_alone(stage):
+    "A stage's examples run before its Run part, in one namespace: a loop variable named like a parameter would quietly replace what the profile says."
+    notebook = ROOT / f"nbs/{stage}.ipynb"
+    code = [c for c in cells(notebook) if c["cell_type"] == "code" and "parameters" not in c["metadata"].get("tags", [])]
+    taken = {name for c in code for name in assigned(ast.parse(source(c)))} & {"run", *parameters_of(notebook)}
+    assert not taken, f"{stage} assigns to its parameters {taken}"
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda n: n.stem)

@@ -440,19 +440,3 @@ def test_score_table_has_a_row_for_each_id_and_seed(trained):
     assert calls == [2]  # what seeds share is computed once
     assert list(table.columns) == ["id", "source", "seed", "score", "logit", "distance", "random"] and table.seed.tolist() == [0, 0, 5, 5]
     assert (table.score[:2].to_numpy() == table.score[2:].to_numpy()).all() and (table.random[:2].to_numpy() != table.random[2:].to_numpy()).all()
-
-
-def test_examples_leave_the_parameters_alone():
-    "A stage's examples run before its Run part, in one namespace: a loop variable named like a parameter would quietly replace what the profile says."
-    import ast, json
-    from pathlib import Path
-    from embodied_midtrain.pipeline import parameters_of
-    inner = (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-    def assigned(node):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store): yield node.id
-        for child in ast.iter_child_nodes(node): yield from () if isinstance(child, inner) else assigned(child)
-    for name in "07_proximity", "07a_perplexity":
-        notebook = Path(__file__).parent.parent / f"nbs/{name}.ipynb"
-        code = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code" and "parameters" not in cell["metadata"].get("tags", [])]
-        taken = {n for cell in code for n in assigned(ast.parse("".join(cell["source"])))} & ({"run"} | parameters_of(notebook).keys())
-        assert not taken, f"{name} assigns to its parameters {taken}"
