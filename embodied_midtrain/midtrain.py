@@ -143,11 +143,11 @@ def plot_held_out(
 def held_out_text(
     held_out: pd.DataFrame,     # arm, seed, source, before, after
 ) -> list:                      # a line an arm
-    "The same in words: on which sources an arm's loss fell and on which it rose (mean over seeds)."
+    "The same in words: on which sources an arm's loss fell, rose, or changed by less than 0.005 (mean over seeds)."
     lines = []
     for arm, table in held_out.assign(change=held_out.after - held_out.before).groupby("arm", sort=False):
         change = table.groupby("source", sort=False).change.mean().sort_values(key=abs, ascending=False)
-        parts = [f"{word} on {len(some)} of {len(change)}: " + ", ".join(f"{source} {by:+.2f}" for source, by in some.items())
-                 for word, some in (("fell", change[change < 0]), ("rose", change[change > 0])) if len(some)]
-        lines.append(f"{arm}: {'; '.join(parts) or 'unchanged'}")
+        fell, rose, same = change[change <= -.005], change[change >= .005], change[change.abs() < .005]
+        told = {f"fell on {len(fell)} of {len(change)}": fell.map("{:+.2f}".format), f"rose on {len(rose)}": rose.map("{:+.2f}".format), f"the same on {len(same)}": same.map(lambda _: "")}
+        lines.append(f"{arm}: " + "; ".join(f"{word}: {', '.join(f'{source} {by}'.strip() for source, by in some.items())}" for word, some in told.items() if len(some)))
     return lines

@@ -92,7 +92,7 @@ def test_what_held_out_samples_cannot_tell_is_told():
 def test_rises_and_falls_are_told_largest_first_over_all_seeds():
     rows = [("proximity", seed, source, 1.0, 1.0 + change) for seed in (0, 1) for source, change in (("near", -.5), ("far", 2 + seed), ("farther", 4.0))]
     table = pd.DataFrame([*rows, ("random", 0, "far", 1.0, 1.0)], columns=["arm", "seed", "source", "before", "after"])
-    assert held_out_text(table) == ["proximity: fell on 1 of 3: near -0.50; rose on 2 of 3: farther +4.00, far +2.50", "random: unchanged"]
+    assert held_out_text(table) == ["proximity: fell on 1 of 3: near -0.50; rose on 2: farther +4.00, far +2.50", "random: the same on 1: far"]
 
 
 PARAMETERS = dict(seed=0, steps=6, batch_size=4, accumulation=1, lr=5e-3, optimizer="muon", schedule="linear-tail", warmup=2, weight_decay=0.01, beta2=0.98, precision="no",
