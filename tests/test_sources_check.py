@@ -1,5 +1,5 @@
 "What a folder is: every format that a reader knows is told by its contents, and what nobody knows is told as well."
-import base64, io, json, re, subprocess, sys, tarfile, time
+import base64, io, json, re, subprocess, sys, tarfile, time, tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +238,29 @@ def test_only_a_glance_before_the_first_record(tmp_path):
     picture(tmp_path / "x.jpg")
     began = time.perf_counter()
     assert recognise(tmp_path).spec["reader"] == "llava" and time.perf_counter() - began < 3
+
+
+def test_large_folders_and_files_are_only_looked_at(tmp_path):
+    "A list among ten thousand pictures; annotations that are one object of 60 MB; an archive whose index would take a walk."
+    for i in range(10_000): (tmp_path / f"{i:06}.jpg").touch()
+    picture(tmp_path / "000000.jpg"), write(tmp_path / "list.json", [llava("000000.jpg")] * 3)
+    (tmp_path / "instances.json").write_text('{"annotations": [' + "1, " * 20_000_000 + "1]}")
+    began = time.perf_counter()
+    tracemalloc.start()
+    assert recognise(tmp_path).spec["path"].endswith("list.json")
+    assert tracemalloc.get_traced_memory()[1] < 30e6 and time.perf_counter() - began < 15
+    tracemalloc.stop()
+    (tmp_path / "odd").mkdir()
+    for i in range(300): (tmp_path / "odd" / f"{i}.png").touch()
+    assert "200 or more .png" in unknown_lines(tmp_path / "odd")
+
+
+def test_pictures_in_an_archive_beside_the_list(tmp_path):
+    (folder := tmp_path / "set").mkdir()
+    with tarfile.open(folder / "pictures.tar", "w") as tar: tar.add(picture(tmp_path / "x.jpg"), "train/x.jpg")
+    write(folder / "list.json", [llava("train/x.jpg")] * 3)
+    text, good = check_text(folder)
+    assert good and lines_of(text)["features"]["pool"][0]["images"] == str(folder / "pictures.tar")
 
 
 def test_profile_lines_are_yaml_whatever_the_path():
