@@ -531,7 +531,7 @@ def refresh(
     only: list = (),                # names such as "06_gap"; all by default
     report=print,                   # takes one line per notebook
 ):
-    "Put fresh outputs into the notebooks: of stages from the run, of the others by executing them. Raises FileNotFoundError for a stage that the run does not have."
+    "Put fresh outputs into the notebooks: of stages from the run, of the others by executing them. Raises FileNotFoundError when a stage that is asked for was not run."
     notebooks, run = Path(notebooks or notebook_folder()), Path(run)
     every = {p.stem: p for p in sorted(notebooks.glob("*.ipynb"))}
     for name in only:
@@ -540,6 +540,7 @@ def refresh(
         for name, notebook in every.items():
             if only and name not in only: continue
             executed = run / "notebooks" / notebook.name if name in STAGES.values() else _execute_copy(notebook, Path(scratch))
-            if not executed.exists(): raise FileNotFoundError(f"{run} has no executed {notebook.name}: run all stages first")
+            if not executed.exists() and name in only: raise FileNotFoundError(f"{run} has no executed {notebook.name}: run that stage first")
+            if not executed.exists(): report(f"{name} keeps its outputs: that stage is not in {run}"); continue
             copy_outputs(executed, notebook, hidden_folders(notebooks, run))
             report(f"{name} {notebook.stat().st_size // 1024} KB")
