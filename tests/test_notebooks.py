@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from embodied_midtrain.core import read_table
-from embodied_midtrain.pipeline import load_profile, plan, run_jobs, started
+from embodied_midtrain.pipeline import load_profile, plan, run_jobs, started, status
 from test_core import contents
 from test_pipeline import children
 
