@@ -26,7 +26,7 @@ import yaml
 import embodied_midtrain
 from .core import TEMPORARY, _remove, _sync_entry, atomic_path, read_json, read_manifest, read_table, readable, stable_hash, unknown, write_json, write_table
 from .samples import FORMATS, IMAGE_MARK, BadSample, ImageRef, Sample, _reasoned, check
-from .sources.base import Source, _found, open_sources, sources_hash
+from .sources.base import Source, _found, _walked, open_sources, sources_hash
 
 # %% ../nbs/08a_export.ipynb #fd409926
 def read_selection(
@@ -47,12 +47,7 @@ FEW = 1000  # samples of a source that are looked up one by one
 
 def _records(source: Source, keys: dict) -> Iterator:
     "The first record of each key: looked up in their order, or as met in one walk, which ends with the last of them."
-    if source.find and len(keys) <= FEW: return (yield from _found(source, keys))
-    for record in source.records() if keys else ():
-        if record.key not in keys: continue
-        del keys[record.key]
-        yield record
-        if not keys: break
+    return _found(source, keys) if len(keys) <= FEW else _walked(source, keys)
 
 # %% ../nbs/08a_export.ipynb #2f9ee1dd
 def draw(

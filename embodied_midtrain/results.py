@@ -19,10 +19,11 @@ import pandas as pd
 
 from .core import atomic_path, read_json, read_manifest, read_table, unknown, write_json, write_table
 from .gap import save_figure
+from .selection import ARM_COLOUR
 
 # %% ../nbs/12_results.ipynb #1ebecdc9
 ARMS = {"base": "no mid-training", "random": "+ random selection", "proximity": "+ proximity selection"}
-ARM_STYLE = {"base": ("#5f5f5f", "s", ":"), "random": ("#E69F00", "^", "--"), "proximity": ("#0072B2", "o", "-")}
+ARM_STYLE = {arm: (ARM_COLOUR[arm], *look) for arm, look in {"base": ("s", ":"), "random": ("^", "--"), "proximity": ("o", "-")}.items()}
 BENCHMARKS = {"tabletop": "synthetic tabletop"}  # what a reader must know of a benchmark, said wherever it is named
 COMPARISONS = [("proximity", "base"), ("proximity", "random"), ("random", "base")]
 

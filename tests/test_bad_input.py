@@ -426,11 +426,11 @@ def arm(T): return np.column_stack([np.linspace(0.01, 0.5, 6 * T).reshape(T, 6),
 def with_value(value): return lambda: ("lift the spoon", np.where(np.arange(28).reshape(4, 7) == 9, value, arm(4)))
 
 
-EPISODES = {  # what is wrong -> the bad episode, and the reason it must get; None: counted as without instruction; "": kept, as the shortest episode there is
+EPISODES = {  # what is wrong -> the bad episode, and the reason it must get; None: counted as without instruction
     "an action that is not a number": (with_value(np.nan), "not finite"),
     "an infinite action": (with_value(np.inf), "not finite"),
     "an episode of length 0": (lambda: ("lift the spoon", arm(0)), "step|frame|empty"),
-    "an episode of length 1": (lambda: ("lift the spoon", arm(1)), ""),
+    "an episode of length 1": (lambda: ("lift the spoon", arm(1)), "fewer than 2 steps"),
     "an instruction of 1 MB": (lambda: ("lift " * 200_000, arm(4)), "100,000 characters"),
     "an empty instruction": (lambda: (" ", arm(4)), None),
 }
@@ -440,10 +440,10 @@ def test_a_bad_episode_is_set_aside(robots, tmp_path):
     kit, fault = robots
     bad, reason = EPISODES[fault]
     source = open_source(kit.write(tmp_path, [("lift the spoon", arm(3))] * 30 + [bad()] + [("lift the spoon", arm(3))] * 9))
-    lengths = [3] * 30 + [1] * (reason == "") + [3] * 9
+    lengths = [3] * 39
     assert [len(e) for e in source.episodes()] == lengths == [len(a) for a in source.actions()] and len(list(source)) == sum(lengths)
     if not reason:
-        assert source.set_aside.unlabelled == ({} if reason == "" else {"no instruction": 1}) and not source.set_aside
+        assert source.set_aside.unlabelled == {"no instruction": 1} and not source.set_aside
         return
     (file, record, why), = source.set_aside.rows
     assert re.search(reason, why) and file and record and len(why) < 400

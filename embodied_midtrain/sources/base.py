@@ -136,11 +136,13 @@ def _fetch(source: Source, ids: list[str]) -> list[Sample]:
 
 def _found(source: Source, keys: dict) -> Iterator[Record]:
     "The first record of each key: one by one, or in one walk that ends with the last of them."
-    if source.find:
-        for key in keys:
-            try: yield source.find(key)
-            except KeyError: pass
-        return
+    if not source.find: return (yield from _walked(source, keys))
+    for key in keys:
+        try: yield source.find(key)
+        except KeyError: pass
+
+def _walked(source: Source, keys: dict) -> Iterator[Record]:
+    "The first record of each key, as met in one walk that ends with the last of them; empties `keys`."
     for record in source.records() if keys else ():
         if record.key not in keys: continue
         del keys[record.key]
@@ -238,6 +240,7 @@ def sources_hash(
 class RobotSource(Source):
     "A source of robot episodes. A reader inherits and defines `records` and `episode`."
     kind = "vla"
+    shortest = 2    # steps; a recording of a single one was cut short
 
     def __init__(self,
         name: str,          # unique in a run; part of every id
@@ -251,15 +254,20 @@ class RobotSource(Source):
         "The episode of one record. Raises BadSample."
         raise NotImplementedError
 
+    def checked(self, episode: Episode) -> Episode:
+        "The episode, if it can be used. Raises BadSample."
+        if 0 < len(episode) < self.shortest: raise BadSample(f"an episode of fewer than {self.shortest} steps: {len(episode)}")
+        return check_episode(episode)
+
     def parse(self, record: Record) -> Iterable[Sample]:
-        episode = check_episode(self.episode(record))
+        episode = self.checked(self.episode(record))
         return [episode.frame(t) for t in range(0, len(episode), self.stride)]
 
     def episodes(self,
         shard: tuple[int, int] = (0, 1),  # (i, n): the i-th of n parts
     ) -> Iterator[Episode]:
         "Good episodes in a stable order; `read` and `set_aside` tell of this pass, as for `samples`."
-        return _pass(self, lambda record: [check_episode(self.episode(record))], shard)
+        return _pass(self, lambda record: [self.checked(self.episode(record))], shard)
 
     def actions(self) -> Iterator[np.ndarray]:  # (T, 7) float32 of each good episode
         "The actions alone, in the order of `episodes`."

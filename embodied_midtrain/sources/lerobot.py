@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..core import stable_hash, unknown
-from ..samples import BadSample, Episode, ImageRef, check_episode
+from ..samples import BadSample, Episode, ImageRef
 from .base import Record, RobotSource, _pass, existing
 from .robots import open_share, optional, seven, spread
 
@@ -354,7 +354,7 @@ class LeRobotSource(RobotSource):
 
     def episode(self, record: Record) -> Episode: return self._read(record, lerobot_images)
     def actions(self) -> Iterator[np.ndarray]:  # videos need not be there
-        return (episode.actions for episode in _pass(self, lambda record: [check_episode(self._read(record, lambda source, where, rows, times: (None,) * len(rows)))]))
+        return (episode.actions for episode in _pass(self, lambda record: [self.checked(self._read(record, lambda source, where, rows, times: (None,) * len(rows)))]))
 
     def _read(self, record: Record, images) -> Episode:
         if "bad" in (where := record.value): raise BadSample(where["bad"])

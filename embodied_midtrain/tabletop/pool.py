@@ -244,6 +244,8 @@ def tabletop_pool(
 # %% ../../nbs/03b_tabletop_pool.ipynb #9fe13d41
 class TabletopRobot(_InBlocks, RobotSource):
     """Demonstrations of one task in one suite."""
+    shortest = 1    # an episode ends with its success, and that may come at the first step
+
     def __init__(self,
         name: str,            # of the source
         task: str = "reach",  # one of TASKS
