@@ -297,8 +297,8 @@ def test_episodes_of_no_and_one_step(many):
         lines[i]["length"] = length
     (many / "meta/episodes.jsonl").write_text("\n".join(map(json.dumps, lines)))
     source = reader(many)
-    assert [len(e) for e in source.episodes()] == [16] * 3 + [1] + [16] * 35, source.set_aside.rows
-    assert source.set_aside.reasons() == {"an episode without steps": 1}
+    assert [len(e) for e in source.episodes()] == [16] * 38 == [len(a) for a in source.actions()], source.set_aside.rows
+    assert source.set_aside.reasons() == {"an episode without steps": 1, "an episode of fewer than 2 steps": 1}
 
 
 def test_without_instruction(many):
