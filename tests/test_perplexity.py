@@ -99,6 +99,7 @@ def test_actions_as_text_and_back():
 
 class Kept(RobotSource):
     "Episodes that were drawn once."
+    shortest = 1
     def __init__(self, name, stride=1):
         super().__init__(name, stride)
         self.kept = list(TabletopRobot(name, count=10).episodes())
