@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from embodied_midtrain.backbone import answer_loss, load_backbone, tiny_backbone, tiny_tokenizer
 from embodied_midtrain.core import Stage
-from embodied_midtrain.midtrain import choose_held_out, held_out_limits, held_out_loss, held_out_text, midtrain, midtrain_arm
+from embodied_midtrain.midtrain import held_out_loss, held_out_text, midtrain, midtrain_arm
 from embodied_midtrain.samples import IMAGE_MARK, ImageRef, Sample, turn
 from embodied_midtrain.tabletop.pool import TabletopSource
 
@@ -72,21 +72,6 @@ def test_long_samples_are_left_out_never_cut():
     _, left_out = midtrain(backbone, [*CHATS, long], steps=3, lr=1e-3, batch_size=5, sequence_length=60)
     assert left_out == 1 and max(seen) <= 60
     with pytest.raises(ValueError, match="raise sequence_length"): midtrain(backbone, [long], 1, 1e-3, 1, sequence_length=60)
-
-
-def test_held_out_is_disjoint_and_stable():
-    pool = pd.DataFrame({"id": [f"s{i % 3}/{i}" for i in range(300)], "source": [f"s{i % 3}" for i in range(300)]})
-    selected = pool.id[::2]
-    one = choose_held_out(pool, selected, 20)
-    assert not set(one.id) & set(selected) and one.source.value_counts().eq(20).all()
-    assert one.equals(choose_held_out(pool, selected, 20)) and len(choose_held_out(pool, pool.id, 20)) == 0
-
-
-def test_what_held_out_samples_cannot_tell_is_told():
-    pool = pd.DataFrame({"id": [f"{s}/{i}" for s in "abc" for i in range(10)], "source": [s for s in "abc" for _ in range(10)]})
-    selection = {("proximity", 0): pool[:12], ("proximity", 1): pool[:15], ("random", 0): pool[::3]}   # of both seeds together 10 of a and 5 of b
-    assert held_out_limits(pool, selection) == ["proximity took all of a: nothing of it is left to measure", "proximity took 50% of b: measured is the rest, which it ranked lower"]
-    assert held_out_limits(pool, {("random", 0): pool[::3]}) == []
 
 
 def test_rises_and_falls_are_told_largest_first_over_all_seeds():

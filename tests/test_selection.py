@@ -5,7 +5,7 @@ import pytest
 
 from embodied_midtrain.core import generator
 from embodied_midtrain.samples import ImageRef, Sample
-from embodied_midtrain.selection import (composition, composition_text, diversity, diversity_draws, diversity_table, diversity_text, fetch_by_id, gallery, gallery_rows, paper_diversity,
+from embodied_midtrain.selection import (composition, composition_text, diversity, diversity_draws, diversity_table, diversity_text, fetch_by_id, gallery, gallery_rows, hold_out, paper_diversity,
                                          sample_text, select, top_k)
 
 
@@ -42,6 +42,13 @@ def test_top_k_errors(scores):
 def test_scores_that_round_to_one_are_told_apart_by_their_logits():
     table = pd.DataFrame(dict(id=["a", "b"], source="s", seed=0, score=[1.0, 1.0], logit=[40.0, 50.0], distance=0.0, random=0.5))
     assert select(table, 1, ["proximity"], [0]).id.tolist() == ["b"]
+
+
+def test_some_of_every_source_are_held_out(scores):
+    pool = scores[scores.seed == 0]
+    apart, size = hold_out(pool, 20), pool.source.value_counts()
+    assert apart.source.value_counts().to_dict() == {s: min(20, n // 10) for s, n in size.items() if n >= 10} and set(apart.id) < set(pool.id)
+    assert apart.equals(hold_out(pool.sample(frac=1, random_state=3), 20)) and set(hold_out(pool, 5).id) < set(apart.id) and len(hold_out(pool, 0)) == 0
 
 
 def test_arms_and_seeds(scores):
