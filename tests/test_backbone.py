@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from embodied_midtrain.backbone import FAMILIES, TINY, Backbone, answer_loss, answer_nll, backbone_hash, load_backbone, tiny_backbone, tiny_tokenizer
+from embodied_midtrain import backbone as backbone_module
+from embodied_midtrain.backbone import FAMILIES, TINY, Backbone, answer_loss, answer_nll, backbone_hash, image_tokens, load_backbone, tiny_backbone, tiny_tokenizer
 from embodied_midtrain.samples import BadSample, ImageRef, Sample, turn
 from embodied_midtrain.tabletop.pool import TabletopSource
 
@@ -42,9 +43,32 @@ def qwen3_vl():
     return Backbone(AutoModelForImageTextToText.from_config(config).eval(), words, processor, "tiny Qwen3-VL")
 
 
-@pytest.mark.parametrize("family", ["internvl", "qwen3_vl"])
-def test_batched_equals_alone_and_loss_is_the_models_own(family, tiny):
-    backbone = tiny if family == "internvl" else qwen3_vl()
+def idefics(kind):
+    "A tiny SmolVLM or Idefics3."
+    from transformers import Idefics3Config, SmolVLMConfig
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+    from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+    Config, Processor = dict(smolvlm=(SmolVLMConfig, SmolVLMImageProcessorPil), idefics3=(Idefics3Config, Idefics3ImageProcessorPil))[kind]
+    words = tiny_tokenizer(["point to the apple"])
+    words.add_special_tokens({"additional_special_tokens": ["<image>", "<fake_token_around_image>", "<global-img>"]})
+    words.chat_template = words.chat_template.replace("<IMG_CONTEXT>", "<image>")
+    config = Config(text_config=dict(model_type="llama", vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, intermediate_size=64, pad_token_id=0),
+                    vision_config=dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=64, patch_size=8),
+                    image_token_id=words.convert_tokens_to_ids("<image>"), scale_factor=2)
+    torch.manual_seed(0)
+    return Backbone(AutoModelForImageTextToText.from_config(config).eval(), words, Processor(size={"longest_edge": 128}, max_image_size={"longest_edge": 64}), f"tiny {kind}")
+
+
+@pytest.fixture(scope="module")
+def families(tiny): return {"internvl": tiny, "qwen3_vl": qwen3_vl(), "smolvlm": idefics("smolvlm"), "idefics3": idefics("idefics3")}
+
+
+def test_every_family_is_tried(families): assert families.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batched_equals_alone_and_loss_is_the_models_own(family, families):
+    backbone = families[family]
     samples = [sample("<image>\npoint to the apple", "[(0.35, 0.50)]"), sample("<image>\npoint", "the", "to <image>", "apple apple", images=2, number=1)]
     assert backbone.model.config.model_type == family
     with torch.no_grad():
@@ -56,8 +80,61 @@ def test_batched_equals_alone_and_loss_is_the_models_own(family, tiny):
         assert torch.allclose(answer_loss(backbone, batch), nll.mean())
 
 
-def test_a_saved_qwen3_vl_loads_through_the_same_code(tmp_path):
-    backbone = qwen3_vl()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_of_images_are_known_before_they_are_decoded(family, families):
+    backbone = families[family]
+    samples = [sample("<image>\npoint", "the"), replace(sample("<image>\n<image>", "to", images=2), images=(picture(1, 90, 120), picture(2, 130, 40))), sample("what", "the", images=0)]
+    assert image_tokens(backbone, samples) == backbone.pixels(samples)[1]
+    sent = backbone.pixels(samples)[0]["pixel_values"]
+    assert sent.dtype == torch.uint8 and sent.numel() == backbone.batch(samples)["pixel_values"].numel()
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "smolvlm", "idefics3"])
+def test_pixels_equal_the_image_processors_to_the_bit(family, families):
+    backbone = families[family]
+    pictures = [picture(1, 90, 120), picture(2, 130, 40), picture(3)]
+    s = replace(sample("<image><image><image>\npoint", "the", images=3), images=tuple(pictures))
+    how = {} if family == "qwen3_vl" else dict(do_image_splitting=False)
+    theirs = backbone.image_processor(images=[p.open() for p in pictures], return_tensors="pt", **how)["pixel_values"]
+    assert torch.equal(backbone.batch([s])["pixel_values"], theirs)
+
+
+def test_several_tokens_stand_around_an_image(families):
+    "As SmolVLM's processor writes it: fake token, global token, the image, fake token."
+    backbone = families["smolvlm"]
+    ids = backbone.batch([sample("<image><image>\npoint", "the", images=2)])["input_ids"][0]
+    around = ["<fake_token_around_image>", "<global-img>", *["<image>"] * 16, "<fake_token_around_image>"]
+    assert backbone.tokenizer.convert_ids_to_tokens(ids.tolist())[1:1 + 2 * len(around)] == 2 * around
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 10**9])
+def test_loss_in_chunks_is_the_loss(chunk, tiny, monkeypatch):
+    samples, vocabulary = [sample("<image>\npoint to the apple", "[(0.35, 0.50)]", number=i) for i in range(5)], tiny.model.config.get_text_config().vocab_size
+    def measured(size):
+        monkeypatch.setattr(backbone_module, "CHUNK", size)
+        tiny.model.zero_grad()
+        loss = answer_loss(tiny, tiny.batch(samples, answers=True))
+        loss.backward()
+        return loss.detach(), [p.grad.clone() for p in tiny.model.parameters() if p.grad is not None]
+    (whole, gradients), (parts, others) = measured(10**9), measured(chunk * vocabulary)
+    tiny.model.zero_grad()
+    torch.testing.assert_close(parts, whole, atol=1e-6, rtol=0)
+    for a, b in zip(gradients, others, strict=True): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_no_more_logits_than_a_chunk_stand_in_memory(tiny, monkeypatch):
+    seen, vocabulary = [], tiny.model.config.get_text_config().vocab_size
+    monkeypatch.setattr(backbone_module, "CHUNK", 7 * vocabulary)
+    look = tiny.model.get_output_embeddings().register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    try: answer_loss(tiny, tiny.batch([sample("<image>\npoint to the apple", "[(0.35, 0.50)]", number=i) for i in range(5)], answers=True)).backward()
+    finally: look.remove()
+    tiny.model.zero_grad()
+    assert max(seen) == 7 and sum(seen) == 2 * 25   # 5 answers of 5 tokens; each chunk once forward and once more for its gradient
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "smolvlm", "idefics3"])
+def test_a_saved_backbone_loads_through_the_same_code(family, families, tmp_path):
+    backbone = families[family]
     backbone.save(tmp_path)
     again = load_backbone(str(tmp_path), device="cpu")
     batch = [sample("<image>\npoint to the apple", "the", images=1)]
@@ -92,13 +169,13 @@ def test_tiny_loads_with_plain_transformers():
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("torchvision"), reason="AutoProcessor needs torchvision for these families")
-@pytest.mark.parametrize("family", ["internvl", "qwen3_vl"])
-def test_our_inputs_equal_autoprocessors(family, tiny, tmp_path):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_our_inputs_equal_autoprocessors(family, families, tmp_path):
     "Token for token and pixel for pixel; where a picture is resized, up to the rounding in which torchvision and PIL differ: one step of 255, on noise."
     from transformers import AutoProcessor
-    backbone = tiny if family == "internvl" else qwen3_vl()
+    backbone = families[family]
     backbone.save(tmp_path)
-    processor, one_tile = AutoProcessor.from_pretrained(tmp_path), dict(crop_to_patches=False) if family == "internvl" else {}
+    processor, one_tile = AutoProcessor.from_pretrained(tmp_path), dict(internvl=dict(crop_to_patches=False), qwen3_vl={}).get(family, dict(do_image_splitting=False))
     plain, two = sample("<image>\npoint to the apple", "the"), sample("<image>\npoint to <image>", "the", images=2)
     for s, steps in ((plain, 0.01), (two, 0.01), (replace(plain, images=(picture(height=90, width=120),)), 1.1)):
         ours, theirs = backbone.batch([s]), processor(images=[image.open() for image in s.images], text=backbone.prompt(s), return_tensors="pt", **one_tile)
