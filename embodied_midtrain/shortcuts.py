@@ -33,10 +33,11 @@ def some_records(
     stretches: int,             # runs of neighbours they come from
     rng: np.random.Generator,   # where the draws come from
 ) -> Iterator:                  # of Record
-    "Records of a source in random stretches."
+    "Records of a source in random stretches; all of them where they are few."
+    if size <= n: return (yield from islice(source.records(), size))
     stretches = min(stretches, n)
-    length, places = n // stretches, -(-size // (n // stretches))
-    for place in np.sort(rng.choice(places, min(stretches, places), replace=False)): yield from islice(source.records(int(place) * length), min(length, size - int(place) * length))
+    length = n // stretches     # the source is cut into places of this length; a short rest at its end takes no part
+    for place in np.sort(rng.choice(size // length, stretches, replace=False)): yield from islice(source.records(int(place) * length), length)
 
 # %% ../nbs/08b_shortcuts.ipynb #35b949a0
 def some_samples(
