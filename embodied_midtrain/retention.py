@@ -352,8 +352,8 @@ def grade(
 MEAN_OF_TASKS = ("pope", "blink", "tabletop")
 
 def proportion(
-    hits: int,
-    trials: int,
+    hits: int,              # right answers
+    trials: int,            # of so many
     level: float = 0.95,    # confidence level
 ) -> tuple:                 # share, lower and upper bound
     "A share with its Wilson interval; NaN of nothing."
