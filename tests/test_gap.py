@@ -1,13 +1,14 @@
 """The gap: MMD against a triple loop and a closed form, intervals, tables; all on small arrays."""
 from functools import partial
+from math import comb
 
 import numpy as np
 import pytest
 
 from embodied_midtrain.core import generator
-from embodied_midtrain.gap import (bootstrap_weights, equal_groups, exact_sums, fourier_error, fourier_sums, gaussian_kernel, group_means, median_bandwidth, mmd2, mmd_matrix,
-                                   mmd_pairs, mmd_table, pair_weights, permutation_signs, plot_spectrum, project, project_groups, robot_distance, robot_reach, spectrum,
-                                   spectrum_table, sq_distances)
+from embodied_midtrain.gap import (bootstrap_weights, count_units, draw_moved, draw_weights, equal_groups, exact_sums, fourier_error, fourier_sums, gaussian_kernel, group_means, in_units,
+                                   interval, median_bandwidth, mmd2, mmd_matrix, mmd_pairs, mmd_table, permutation_signs, plot_spectrum, project, project_groups, robot_distance,
+                                   robot_reach, spectrum, spectrum_table, sq_distances, unit_of, unit_sums)
 
 
 def cloud(name, n=20, dims=5, shift=0.0):
@@ -144,6 +145,12 @@ def test_projection_is_deterministic_and_keeps_clusters_apart(groups):
 
 # ---- precision and blocks
 
+UNITS = {"robot": np.arange(60) // 3, "robot 2": np.repeat(np.arange(10), [1, 2, 3, 4, 5, 6, 7, 8, 9, 15])}  # units in order, so that codes are as np.unique has them
+
+
+def sums_of(a, b): return [*zip((a.within, a.within_ones, a.cross, a.cross_ones), (b.within, b.within_ones, b.cross, b.cross_ones)), *zip(a.own, b.own)]
+
+
 def test_single_precision_far_from_the_origin():
     "Features with a large common offset, as language models have them: float32 blocks agree with float64."
     x, y = (cloud(n, 50, 64).astype(np.float32) + np.float32(300) * np.arange(64, dtype=np.float32) for n in "xy")
@@ -166,46 +173,63 @@ def test_blocks_are_computed_once(groups, monkeypatch):
 def test_torch_gives_the_same_sums(groups):
     "The lines that run on a GPU, run by torch on the CPU."
     torch = pytest.importorskip("torch")
-    single = {name: x.astype(np.float32) for name, x in groups.items()}
-    weights = {name: pair_weights(60, 20, np.full(20, 30), 0, name) for name in groups}
-    for features, tolerance in (groups, 1e-11), (single, 1e-6):
-        ours, theirs = exact_sums(features, weights, 41, 2.0, np), exact_sums(features, weights, 41, 2.0, torch, "cpu")
-        for a, b in zip(ours, theirs): assert np.abs(a - b).max() < tolerance * 60**2
+    for kind, tolerance in (np.float64, 1e-11), (np.float32, 1e-6):
+        features, sizes = in_units({name: x.astype(kind) for name, x in groups.items()}, UNITS)
+        ours, theirs = (exact_sums(features, sizes, *draw_weights(sizes, 20, 20, 0), 2.0, *way) for way in ((np,), (torch, "cpu")))
+        for a, b in sums_of(ours, theirs): assert np.abs(a - b).max() < tolerance * 60**2
+
+
+def mmd2_of_units(x, y, of_x, of_y, unbiased=True):
+    "Equation 1 with sigma 2, all pairs of one unit left out; repeated samples are of the same unit."
+    def k(u, v): return np.exp(-sq_distances(u, v) / 8)
+    def within(u, of): return k(u, u)[(np.asarray(of)[:, None] != np.asarray(of)) | (not unbiased)].mean()
+    return within(x, of_x) + within(y, of_y) - 2 * k(x, y).mean()
 
 
 @pytest.mark.parametrize("unbiased", [True, False])
-def test_draws_equal_means_over_the_drawn_samples(groups, unbiased):
-    "A bootstrap draw, done by hand: repeat the samples, and leave out the pairs of a sample with its own copies."
-    replicates, _ = mmd_pairs(groups, 2.0, bootstrap=3, unbiased=unbiased, seed=5)
-    a, b = "far", "robot"
-    rows = {n: bootstrap_weights(60, 3, generator(5, "gap", "bootstrap", n))[2].astype(int) for n in (a, b)}
-    (i, j), k = (np.repeat(np.arange(60), rows[n]) for n in (a, b)), lambda u, v: np.exp(-sq_distances(u, v) / 8)
-    def within(x, drawn): return k(x[drawn], x[drawn])[(drawn[:, None] != drawn) | (not unbiased)].mean()
-    by_hand = within(groups[a], i) + within(groups[b], j) - 2 * k(groups[a][i], groups[b][j]).mean()
-    assert np.isclose(replicates[2, 1, 2], by_hand, atol=1e-12)
+@pytest.mark.parametrize("units", [None, UNITS], ids=["samples", "units"])
+def test_draws_equal_means_over_the_drawn_samples(groups, unbiased, units):
+    "A bootstrap draw, done by hand: repeat each drawn unit's samples, and leave out the pairs within a unit and with its copies; so for the halves."
+    replicates, _ = mmd_pairs(groups, 2.0, bootstrap=3, unbiased=unbiased, seed=5, units=units)
+    drawn = {}
+    for name in ("far", "robot"):
+        _, of = np.unique((units or {}).get(name, np.arange(60)), return_inverse=True)
+        times = bootstrap_weights(of.max() + 1, 3, generator(5, "gap", "bootstrap", name))[2].astype(int)
+        drawn[name] = (i := np.repeat(np.arange(60), times[of])), of[i]
+        half = (generator(5, "gap", "halves", name).permutation(of.max() + 1) < (of.max() + 1) // 2)[of[i]]
+        by_hand = mmd2_of_units(groups[name][i[half]], groups[name][i[~half]], of[i[half]], of[i[~half]], unbiased)
+        assert np.isclose(replicates[2, list(groups).index(name), list(groups).index(name)], by_hand, atol=1e-12)
+    (i, of_i), (j, of_j) = drawn.values()
+    assert np.isclose(replicates[2, 1, 2], mmd2_of_units(groups["far"][i], groups["robot"][j], of_i, of_j, unbiased), atol=1e-12)
 
 
 # ---- p-values
 
-@pytest.mark.parametrize("unbiased", [True, False])
-def test_p_equals_shuffling_by_hand(unbiased):
-    "Every row of signs, carried out: relabel the samples, compute the MMD anew, count."
+@pytest.mark.parametrize("sizes", [([1] * 12, [1] * 12), ([2, 2, 3, 1, 4], [1, 5, 2, 4]), ([1] * 12, [3, 4, 5])], ids=["samples", "units", "samples against units"])
+def test_p_equals_shuffling_by_hand(sizes):
+    "Every row of signs, carried out: whole units change sides, the MMD is computed anew from the samples that are then on each side, and counted."
     pair, seed, shuffles = {"a": cloud("a", 12), "b": cloud("b", 12, shift=0.4)}, 3, 60
-    plus = generator(seed, "gap", "plus").hypergeometric(12, 12, 12, size=shuffles)
-    s, r = (permutation_signs(12, plus, generator(seed, "gap", "permutation", name)) for name in pair)
-    pooled, labels = np.concatenate(list(pair.values())), np.concatenate([s, -r], axis=1) > 0
-    assert (labels.sum(1) == 12).all()
-    true = mmd2(pair["a"], pair["b"], 2.0, unbiased)
-    larger = sum(mmd2(pooled[row], pooled[~row], 2.0, unbiased) >= true - 1e-12 for row in labels)
-    assert np.isclose(mmd_pairs(pair, 2.0, 0, shuffles, unbiased, seed)[1][0, 1], (1 + larger) / (1 + shuffles)) and 0 < larger < shuffles
+    m = {name: len(c) for name, c in zip("ab", sizes)}
+    of = [np.repeat(np.arange(len(c)), c) for c in sizes]
+    moved = draw_moved(m["a"], m["b"], shuffles, seed)
+    s, r = (permutation_signs(m[name], moved, generator(seed, "gap", "permutation", name, m[other]))[:, units] for name, other, units in zip("ab", "ba", of))
+    pooled, unit, labels = np.concatenate(list(pair.values())), np.concatenate([of[0], m["a"] + of[1]]), np.concatenate([s, -r], axis=1) > 0
+    assert all(len(set(unit[row])) == m["a"] and not set(unit[row]) & set(unit[~row]) for row in labels)
+    def distance(row): return mmd2_of_units(pooled[row], pooled[~row], unit[row], unit[~row])
+    larger = sum(distance(row) >= distance(np.arange(24) < 12) - 1e-10 for row in labels)
+    p = mmd_pairs(pair, 2.0, 0, shuffles, seed=seed, units=dict(zip("ab", of)))[1][0, 1]
+    assert np.isclose(p, (1 + larger) / (1 + shuffles)) and 0 < larger < shuffles
+    if sizes[0] == sizes[1]: assert p == mmd_pairs(pair, 2.0, 0, shuffles, False, seed)[1][0, 1]  # without units, and whatever the estimate
 
 
-def test_signs_draw_every_labelling_alike():
-    "Two datasets of two: six labellings with two of each, all as likely."
-    plus = generator(0).hypergeometric(2, 2, 2, size=6000)
-    labels = np.concatenate([permutation_signs(2, plus, generator(1)), -permutation_signs(2, plus, generator(2))], axis=1)
+@pytest.mark.parametrize("m_a, m_b", [(2, 2), (2, 3), (4, 1)])
+def test_signs_draw_every_labelling_alike(m_a, m_b):
+    "Of few units: every way to label m_a of them is as likely."
+    moved = draw_moved(m_a, m_b, 6000, 0)
+    labels = np.concatenate([permutation_signs(m_a, moved, generator(1)), -permutation_signs(m_b, moved, generator(2))], axis=1)
     kinds, counts = np.unique(labels, axis=0, return_counts=True)
-    assert len(kinds) == 6 and np.abs(counts - 1000).max() < 150
+    ways = comb(m_a + m_b, m_a)
+    assert len(kinds) == ways and ((kinds > 0).sum(1) == m_a).all() and np.abs(counts - 6000 / ways).max() < 5 * np.sqrt(6000 / ways)
 
 
 def test_p_is_uniform_under_the_null_and_small_under_a_shift():
@@ -225,14 +249,105 @@ def test_p_of_equal_samples_is_one_and_sizes_must_agree(groups):
     assert np.isnan(mmd_pairs({"a": x, "b": x + 1}, 2.0, 5)[1]).all()  # without shuffles
 
 
+# ---- units: frames of one episode depend on each other
+
+def robot(*name, sizes=(2, 8), episodes=12, n=40, spread=0.3, shift=0.0, dims=5):
+    "Frames that hardly differ within an episode, n of them drawn at random, and the episode of each; over all episodes each frame is N(shift, 1)."
+    rng = generator(0, "robot", *name)
+    of = np.repeat(np.arange(episodes), rng.integers(sizes[0], sizes[1] + 1, episodes))
+    x = shift + np.sqrt(1 - spread**2) * rng.normal(size=(episodes, dims))[of] + spread * rng.normal(size=(len(of), dims))
+    keep = rng.permutation(len(of))[:n]
+    return x[keep], of[keep]
+
+
+def null_share(make_a, make_b, by_unit, repeats=300):
+    "How often two datasets drawn alike come out with p at or below 0.05."
+    def p(i):
+        (x, of_x), (y, of_y) = make_a("a", i), make_b("b", i)
+        return mmd_pairs({"a": x, "b": y}, 3.0, 0, 99, seed=i, units={"a": of_x, "b": of_y} if by_unit else None)[1][0, 1]
+    return np.mean([p(i) <= 0.05 for i in range(repeats)])
+
+
+NOISE = 3 * np.sqrt(0.05 * 0.95 / 300)  # of a share of 300; a test that keeps its word stays below 0.05 + NOISE, one in seven hundred excepted
+
+
+def test_false_positives_keep_their_word_by_unit_and_not_by_sample():
+    by_unit, by_sample = (null_share(robot, robot, way) for way in (True, False))
+    assert abs(by_unit - 0.05) < NOISE and by_sample > 0.5, (by_unit, by_sample)
+
+
+@pytest.mark.parametrize("other", [partial(robot, sizes=(1, 1), episodes=40), partial(robot, sizes=(10, 10), episodes=5)], ids=["no episodes", "few long ones"])
+def test_units_that_differ_in_number_and_size_err_to_the_careful_side(other):
+    "Frames alike, episodes not: the labels of units are not quite arbitrary then, but a small p stays rare."
+    assert null_share(partial(robot, sizes=(4, 4), episodes=10), other, True) < 0.05 + NOISE
+
+
+def test_by_unit_a_real_shift_is_found():
+    found = [mmd_pairs({"a": x, "b": y}, 3.0, 0, 99, seed=i, units={"a": of_x, "b": of_y})[1][0, 1] for i in range(20) for (x, of_x), (y, of_y) in [(robot("a", i), robot("b", i, shift=1.5))]]
+    assert np.mean(np.array(found) <= 0.05) > 0.9
+
+
+def test_interval_by_unit_covers_the_truth_and_by_sample_it_does_not():
+    truth, hits = mmd2(robot("A", sizes=(1, 1), episodes=2000, n=2000)[0], robot("B", sizes=(1, 1), episodes=2000, n=2000, shift=0.8)[0], 3.0), np.zeros(2)
+    for i in range(80):
+        (x, of_x), (y, of_y) = robot("a", i, episodes=30, n=120), robot("b", i, episodes=30, n=120, shift=0.8)
+        for way, units in enumerate((None, {"a": of_x, "b": of_y})):
+            low, high = interval(mmd_pairs({"a": x, "b": y}, 3.0, 200, units=units)[0][1:, 0, 1])
+            hits[way] += low <= truth <= high
+    assert hits[1] >= 68 > 56 > hits[0], hits  # 85 %, 70 %
+
+
+def test_unbiased_by_unit_and_too_large_by_sample():
+    "Pairs within an episode are near: left in, two robots drawn alike seem to differ."
+    draws = [(robot("a", i), robot("b", i)) for i in range(300)]
+    by_unit, by_sample = (np.array([mmd_pairs({"a": x, "b": y}, 3.0, units=u and {"a": of_x, "b": of_y})[0][0, 0, 1] for (x, of_x), (y, of_y) in draws]) for u in (True, None))
+    assert abs(by_unit.mean()) < 3 * by_unit.std() / np.sqrt(300) and by_sample.mean() > 10 * by_sample.std() / np.sqrt(300)
+    halves = np.array([mmd_pairs({"a": x}, 3.0, units={"a": of})[0][0, 0, 0] for (x, of), _ in draws])
+    assert abs(halves.mean()) < 3 * halves.std() / np.sqrt(300)
+
+
+def test_units_of_single_samples_change_nothing_and_order_does_not_matter(groups):
+    plain, single = mmd_pairs(groups, 2.0, 5, 20), mmd_pairs(groups, 2.0, 5, 20, units={name: unit_of([f"{name}/{i}" for i in range(60)], "vlm") for name in groups})
+    for a, b in zip(plain, single): assert np.array_equal(a, b, equal_nan=True)
+    order, off = generator(0).permutation(60), ~np.eye(4, dtype=bool)
+    turned = mmd_pairs(groups | {"robot 2": groups["robot 2"][order]}, 2.0, units=UNITS | {"robot 2": UNITS["robot 2"][order]})[0]
+    assert np.allclose(turned[0][off], mmd_pairs(groups, 2.0, units=UNITS)[0][0][off], atol=1e-12)
+
+
+def test_a_pair_does_not_depend_on_who_else_is_there(groups):
+    every, two = (mmd_pairs({name: groups[name] for name in names}, 2.0, 10, 50, units=UNITS) for names in (groups, ("far", "robot")))
+    assert np.allclose(every[0][:, [1, 2]][:, :, [1, 2]], two[0], atol=1e-12) and every[1][1, 2] == two[1][0, 1]
+
+
+def test_units_are_named_counted_and_checked(groups):
+    ids = {"robot": [f"robot/{i // 3}/{i % 3}" for i in range(60)], "far": [f"far/{i}" for i in range(60)]}
+    assert count_units({"robot": unit_of(ids["robot"], "vla"), "far": unit_of(ids["far"], "vlm")}) == {"robot": 20, "far": 60}
+    assert count_units({"robot": unit_of(ids["robot"], "vla", "sample")}) == {"robot": 60}
+    with pytest.raises(ValueError, match="did you mean 'episode'"): unit_of(ids["far"], "vlm", "episodes")
+    with pytest.raises(ValueError, match="all samples of dataset 'robot' are of one episode"): mmd_pairs(groups, 2.0, units={"robot": ["x"] * 60})
+    with pytest.raises(ValueError, match="60 samples, but units are given for 59"): mmd_pairs(groups, 2.0, units={"robot": range(59)})
+    replicates, p = mmd_pairs(groups, 2.0, 40, 20, units={"robot": np.arange(60) // 30, "robot 2": np.arange(60) // 20})  # two and three units: no halves, but no failure
+    table = mmd_table(replicates, KINDS, p, {"near": 60, "far": 60, "robot": 2, "robot 2": 3}).set_index(["a", "b"])
+    assert np.isnan(table.mmd2["robot", "robot"]) and table.mmd2.drop([("robot", "robot"), ("robot 2", "robot 2")]).notna().all()
+    assert (table.units_a["far", "robot"], table.units_b["far", "robot"]) == (60, 2) and table.p["robot", "robot 2"] >= 1 / comb(5, 2) / 2
+
+
+def test_sums_over_units_equal_sums_over_samples(groups):
+    x, sizes = in_units(groups, UNITS)
+    k = gaussian_kernel(x["robot 2"], x["robot"], 2.0)
+    added = unit_sums(unit_sums(k, sizes["robot 2"]).T, sizes["robot"]).T
+    assert added.shape == (10, 20) and np.allclose(added, [[k[np.ix_(UNITS["robot 2"] == a, UNITS["robot"] == b)].sum() for b in range(20)] for a in range(10)])
+
+
 # ---- Fourier
 
-def test_fourier_is_near_the_exact_one_and_error_falls_with_frequencies(groups):
-    exact = mmd_pairs(groups, 2.0, 20, 100)
-    fourier = mmd_pairs(groups, 2.0, 20, 100, sums=partial(fourier_sums, frequencies=8192))
-    assert np.abs(fourier[0] - exact[0]).max() < 0.02 < exact[0].max() / 10  # estimates and bootstrap draws
+@pytest.mark.parametrize("units", [None, UNITS], ids=["samples", "units"])
+def test_fourier_is_near_the_exact_one_and_error_falls_with_frequencies(groups, units):
+    exact = mmd_pairs(groups, 2.0, 20, 100, units=units)
+    fourier = mmd_pairs(groups, 2.0, 20, 100, sums=partial(fourier_sums, frequencies=8192), units=units)
+    assert np.nanmax(np.abs(fourier[0] - exact[0])) < 0.02 < np.nanmax(exact[0]) / 10  # estimates and bootstrap draws
     assert np.nanmax(np.abs(fourier[1] - exact[1])) < 0.1
-    errors = [np.mean([fourier_error(groups, 2.0, m, seed) for seed in range(5)]) for m in (64, 1024)]
+    errors = [np.mean([fourier_error(groups, 2.0, m, seed, units=units) for seed in range(5)]) for m in (64, 1024)]
     assert errors[0] / errors[1] > 2  # 4 by theory
 
 
@@ -244,8 +359,8 @@ def test_fourier_is_unbiased_over_frequencies():
 
 
 def test_fourier_does_not_depend_on_chunks(groups):
-    weights = {name: pair_weights(60, 2, [30], 0, name) for name in groups}
-    for a, b in zip(*(fourier_sums(groups, weights, 4, 2.0, 200, chunk=chunk) for chunk in (7, 1000))): assert np.allclose(a, b, rtol=1e-12)
+    x, sizes = in_units(groups, UNITS)
+    for a, b in sums_of(*(fourier_sums(x, sizes, *draw_weights(sizes, 2, 1, 0), 2.0, 200, chunk=chunk) for chunk in (7, 1000))): assert np.allclose(a, b, rtol=1e-9, atol=1e-9)
 
 
 # ---- spectrum

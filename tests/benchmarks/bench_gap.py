@@ -4,7 +4,7 @@
 
 Both ways run in turn, several times, in one process with one thread, on the same float32 features and bandwidth; printed are medians, by the clock and in processor time (which others at work on the machine disturb less), their ratios,
 and the largest difference of the matrices. Then, once: the same matrix with 200
-bootstrap draws and 500 permutations, and by random Fourier features with its error. Peak extra memory is what NumPy and Python allocate beyond the features (tracemalloc), in rounds of their own, since tracing costs time."""
+bootstrap draws and 500 permutations, by sample and with episodes of three to seven samples drawn and shuffled whole, and by random Fourier features with its error. Peak extra memory is what NumPy and Python allocate beyond the features (tracemalloc), in rounds of their own, since tracing costs time."""
 import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import argparse, statistics, time, tracemalloc
@@ -68,8 +68,10 @@ def main():
     for i, measure in enumerate(("by the clock", "processor time")):
         fast, slow = (statistics.median(r[way][i] for r in rounds) for way in (0, 1))
         print(f"{measure}: ours {fast:.2f} s, naive {slow:.2f} s, ratio {slow / fast:.1f} (each round: {', '.join(f'{b[i] / a[i]:.1f}' for a, b in rounds)})")
-    clock, seconds, _ = timed(full)
-    print(f"with 200 bootstrap draws and 500 permutations: {clock:.2f} s, processor time {seconds:.2f} s")
+    episodes = {name: np.repeat(np.arange(options.samples), 3 + generator(0, name).integers(5, size=options.samples))[:options.samples] for name in list(groups)[-3:]}
+    for way, units in {"by sample": None, "three datasets in episodes": episodes}.items():
+        clock, seconds, _ = timed(partial(mmd_pairs, groups, sigma, 200, 500, sums=on_cpu, units=units))
+        print(f"with 200 bootstrap draws and 500 permutations, {way}: {clock:.2f} s, processor time {seconds:.2f} s")
     clock, seconds, estimate = timed(fourier)
     print(f"2,048 Fourier frequencies: {clock:.2f} s, processor time {seconds:.2f} s, largest error {np.abs(estimate.to_numpy() - matrix)[off].max():.0e}")
     print(f"peak extra memory beyond {sum(x.nbytes for x in groups.values()) / 1e6:.0f} MB of features: ours {peak(ours):.0f} MB, with draws and permutations {peak(full):.0f} MB, Fourier {peak(fourier):.0f} MB")
