@@ -225,17 +225,17 @@ def plot_dynamics(episodes: pd.DataFrame,         # one row an episode
         ax.set(title=f"{described([benchmark])[0]}: {task}", xlabel="fine-tuning step", ylim=(-.03, 1.03), xticks=sorted(here[0]["step"].unique()))
         ax.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("closed-loop success")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, fontsize=8, columnspacing=1.2, loc="outside lower center", ncols=3)
+    named = {label: line for ax in axes[0] for line, label in zip(*ax.get_legend_handles_labels())}
+    figure.legend(named.values(), named, frameon=False, fontsize=8, columnspacing=1.2, loc="outside lower center", ncols=3 if len(tasks) == 1 else 6)
     return figure
 
 # %% ../nbs/12_results.ipynb #a880ef2a
 def plot_bounds(ax,                       # matplotlib axes
                 bounds: pd.DataFrame,     # episodes of reference predictors on one task
                 ):
-    "Reference lines: what the scripted expert and random actions reach on the same episodes."
-    for predictor, success in bounds.groupby("predictor")["success"].mean().items():
-        ax.axhline(success, color="#999999", linewidth=.8, linestyle=(0, (1, 3)))
-        ax.annotate(predictor, (1, success), xycoords=("axes fraction", "data"), fontsize=7, color="#777777", ha="right", va="bottom")
+    "Reference lines: what the scripted expert and random actions reach on the same episodes. Their names go to the legend: beside the line they would lie on an arm's."
+    for i, (predictor, success) in enumerate(bounds.groupby("predictor")["success"].mean().items()):
+        ax.axhline(success, color="#777777", linewidth=1, linestyle=[(0, (1, 1)), (0, (6, 3)), (0, (6, 2, 1, 2))][i % 3], zorder=1, label=predictor)
 
 # %% ../nbs/12_results.ipynb #c6156cd4
 PACKAGE = Path(str(files("embodied_midtrain")))

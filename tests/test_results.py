@@ -140,6 +140,18 @@ def test_written_tables_are_the_computed_ones(tmp_path):
     assert (tmp_path / "dynamics.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("floor", [0, .2])
+def test_no_label_lies_on_a_line(floor):
+    "Floor and ceiling run where the arms run: their names stand in the legend, which stands below the panels."
+    bounds = pd.DataFrame([("tabletop", task, predictor, rate) for task in ("reach", "push") for predictor, rate in (("expert", 1), ("random actions", floor))], columns=["benchmark", "task", "predictor", "success"])
+    figure = results.plot_dynamics(episodes(), bounds=bounds)
+    figure.canvas.draw()
+    [legend] = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [*results.ARMS.values(), "expert", "random actions"]
+    assert not any(ax.texts for ax in figure.axes) and legend.get_window_extent().y1 < min(ax.get_tightbbox().y0 for ax in figure.axes)
+    assert 0 <= legend.get_window_extent().x0 and legend.get_window_extent().x1 <= figure.bbox.x1
+
+
 def test_kept_results_are_enough_to_make_all_tables_again(tmp_path):
     bounds = pd.DataFrame({"benchmark": "tabletop", "task": "reach", "predictor": ["expert", "random actions"] * 20, "success": [True, False] * 20})
     with Stage(tmp_path / "run", "benchmarks", {"episodes": 40}) as stage:
