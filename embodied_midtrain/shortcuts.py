@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['NUISANCES', 'CATEGORIES', 'PROBE', 'TOGETHER', 'CONDITIONS', 'EFFECTS', 'some_records', 'some_samples',
            'stored_logits', 'shown', 'plain_text', 'file_type', 'nuisances', 'nuisance_table', 'mixture_weights',
-           'redraws', 'auc_draws', 'category_means', 'predict_label', 'label_table', 'plot_label', 'label_text',
-           'correlation_draws', 'effect_code', 'dependence_table', 'source_share', 'plot_dependence', 'dependence_text',
-           'compose', 'choose_pairs', 'decoded_pairs', 'control_logits', 'control_table', 'effect_table',
-           'plot_controls', 'effect_text', 'repeat_text']
+           'redraws', 'auc_draws', 'category_means', 'predict_label', 'label_table', 'whiskers', 'plot_label',
+           'label_text', 'correlation_draws', 'effect_code', 'dependence_table', 'source_share', 'plot_dependence',
+           'dependence_text', 'compose', 'choose_pairs', 'decoded_pairs', 'control_logits', 'control_table',
+           'effect_table', 'plot_controls', 'effect_text', 'repeat_text']
 
 # %% ../nbs/08b_shortcuts.ipynb #127fb56d
 import io
@@ -233,6 +233,15 @@ def label_table(
     return pd.concat([found[:-2].sort_values(["constant", "auc"], ascending=[True, False], kind="stable"), found[-2:]], ignore_index=True)
 
 # %% ../nbs/08b_shortcuts.ipynb #f81bb395
+def whiskers(
+    estimate,   # (N,)
+    low,        # (N,) of the interval
+    high,       # (N,) of the interval
+) -> list:      # lengths to the left and to the right, as matplotlib's `xerr`
+    "Lengths of error bars, none of them negative."
+    return [np.maximum(estimate - low, 0), np.maximum(high - estimate, 0)]
+
+# %% ../nbs/08b_shortcuts.ipynb #08322e39
 def plot_label(
     labels: pd.DataFrame,   # from `label_table`
 ):                          # matplotlib Figure
@@ -241,7 +250,7 @@ def plot_label(
     rows = labels[::-1].reset_index(drop=True)
     colour = rows.nuisance.map({PROBE: "#0072B2", TOGETHER: "#8c8c8c"}).fillna("#E69F00")
     fig, ax = plt.subplots(figsize=(7, 1 + .3 * len(rows)), layout="constrained")
-    ax.barh(rows.index, rows.auc - .5, left=.5, color=colour, height=.7, xerr=[rows.auc - rows.low, rows.high - rows.auc], error_kw=dict(capsize=3, linewidth=1))
+    ax.barh(rows.index, rows.auc - .5, left=.5, color=colour, height=.7, xerr=whiskers(rows.auc, rows.low, rows.high), error_kw=dict(capsize=3, linewidth=1))
     for y, row in rows.iterrows():
         ax.annotate("the same everywhere" if row.constant else f"{row.auc:.2f}", (max(row.high, .5), y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8, color="0.3")
     ax.axvline(.5, color="0.4", linewidth=1)
@@ -343,8 +352,8 @@ def plot_dependence(
     rows = depends[depends.raw.notna()]
     rows = rows.iloc[np.argsort(rows.partial.abs().fillna(-1), kind="stable")].reset_index(drop=True)
     fig, ax = plt.subplots(figsize=(7, 1.3 + .3 * max(1, len(rows))), layout="constrained")
-    ax.errorbar(rows.raw, rows.index + .14, xerr=[rows.raw - rows.raw_low, rows.raw_high - rows.raw], fmt="o", color="#8c8c8c", markerfacecolor="white", capsize=2, linewidth=1, label="over the pool")
-    ax.errorbar(rows.partial, rows.index - .14, xerr=[rows.partial - rows.low, rows.high - rows.partial], fmt="o", color="#0072B2", capsize=2, linewidth=1.5, label="inside its sources")
+    ax.errorbar(rows.raw, rows.index + .14, xerr=whiskers(rows.raw, rows.raw_low, rows.raw_high), fmt="o", color="#8c8c8c", markerfacecolor="white", capsize=2, linewidth=1, label="over the pool")
+    ax.errorbar(rows.partial, rows.index - .14, xerr=whiskers(rows.partial, rows.low, rows.high), fmt="o", color="#0072B2", capsize=2, linewidth=1.5, label="inside its sources")
     ax.axvline(0, color="0.4", linewidth=1)
     ax.set(yticks=rows.index, yticklabels=rows.column.str.replace("_", " "), xlim=(-1, 1), ylim=(-.6, len(rows) - .4), xlabel="correlation with the score's logit (95% interval)")
     ax.grid(axis="y", color="0.93")
@@ -474,7 +483,7 @@ def plot_controls(
     rows = means[::-1].reset_index(drop=True)
     fig, ax = plt.subplots(figsize=(7, 1 + .32 * len(rows)), layout="constrained")
     for y, row in rows.iterrows():
-        ax.errorbar(row.logit, y, xerr=[[row.logit - row.low], [row.high - row.logit]], fmt=form[row.words], color=colour[row.picture], markersize=7, capsize=3)
+        ax.errorbar([row.logit], [y], xerr=whiskers(*row[["logit", "low", "high"]].to_numpy(float)[:, None]), fmt=form[row.words], color=colour[row.picture], markersize=7, capsize=3)
         ax.annotate(f"{row.logit:+.2f}", (1, y), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
     for y in np.flatnonzero(np.diff(rows[["picture", "words"]].isin(["grey", "none"]).any(axis=1))): ax.axhline(y + .5, color="0.8", linewidth=1)
     ax.axvline(0, color="0.4", linewidth=1, linestyle="--", zorder=0)

@@ -173,6 +173,15 @@ def test_constant_columns_and_missing_pictures_do_not_crash(tmp_path):
     assert np.isfinite(depends.partial["width"]) and np.isnan(depends.partial["height"])
 
 
+def test_an_estimate_outside_its_interval_can_be_drawn(tmp_path):
+    pool = invented(20).query("kind == 'vlm'")
+    labels, depends = label_table(t := invented(20), np.full((1, len(t)), 1 / len(t))), dependence_table(pool, np.ones((1, len(pool))))
+    outside = dict(low=lambda t: t[t.columns[t.columns.isin(["auc", "partial"])][0]] + 1e-9, high=lambda t: t.low + 1e-9)
+    for figure in plot_label(labels.assign(**outside)), plot_dependence(depends.assign(**outside)), plot_dependence(depends): figure.savefig(tmp_path / "figure.png")
+    figure = plot_controls(pd.DataFrame(dict(picture=["robot", "none"], words=["none", "pool"], pairs=2, logit=[1., 2], low=[1.1, 2.1], high=[1.2, 2.2])))
+    figure.savefig(tmp_path / "figure.png")
+
+
 # ---- how much the score depends on them
 
 def test_partial_correlation_equals_that_of_residuals():
