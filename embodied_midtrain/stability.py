@@ -52,20 +52,22 @@ def in_top(
     k: int,                 # how many are kept
 ) -> np.ndarray:            # (N,) bool
     "Which samples `top_k` keeps."
-    return pd.Index(ids).isin(top_k(pd.DataFrame(dict(id=ids, source="", score=logits)), k).id)
+    near = logits >= np.partition(logits, -k)[-k] if 0 < k <= len(logits) else np.ones(len(logits), bool)  # k and ties: the others need not be looked at
+    near[near] = pd.Index(ids[near]).isin(top_k(pd.DataFrame(dict(id=ids[near], source="", score=logits[near])), k).id)
+    return near
 
 # %% ../nbs/08c_stability.ipynb #f78bac0f
 def compare_settings(
     pool: FeatureTable,     # (N,) the samples that are compared
     own: np.ndarray,        # (N,) logits of the run
     k: int,                 # how many the run keeps of them
-    settings: dict,         # (axis, setting) -> (logits (N,), how many are kept, steps of the probe or None)
-) -> pd.DataFrame:          # axis, setting, samples, steps, what `compare_selections` says, spearman
+    settings: dict,         # (axis, setting) -> (logits (N,), how many are kept, steps of the probe or None, whether it stopped as it should)
+) -> pd.DataFrame:          # axis, setting, samples, steps, stopped, what `compare_selections` says, spearman
     "Every setting's selection beside the run's own."
-    from scipy.stats import spearmanr
-    mine = in_top(pool.ids, own, k)
-    rows = [dict(axis=axis, setting=setting, samples=len(pool), steps=steps, **compare_selections(mine, in_top(pool.ids, logits, kept), pool.sources),
-                 spearman=float(spearmanr(own, logits).statistic)) for (axis, setting), (logits, kept, steps) in settings.items()]
+    from scipy.stats import rankdata
+    mine, ranks = in_top(pool.ids, own, k), rankdata(own)
+    rows = [dict(axis=axis, setting=setting, samples=len(pool), steps=steps, stopped=stopped, **compare_selections(mine, in_top(pool.ids, logits, kept), pool.sources),
+                 spearman=float(np.corrcoef(ranks, rankdata(logits))[0, 1])) for (axis, setting), (logits, kept, steps, stopped) in settings.items()]
     return pd.DataFrame(rows).astype({"steps": "Int64"})
 
 # %% ../nbs/08c_stability.ipynb #c5792a95
@@ -118,9 +120,10 @@ def scored(
     probes,                 # iterator of (axis, setting), probe
     pool: FeatureTable,     # to score
     k: int,                 # how many each keeps
-) -> dict:                  # (axis, setting) -> (logits, k, steps), for `compare_settings`
-    "The logits of every probe and the steps it made."
-    return {name: (probe(pool), k, int(getattr(probe, "whole", probe).curve.step.iloc[-1])) for name, probe in probes}
+) -> dict:                  # (axis, setting) -> (logits, k, steps, stopped), for `compare_settings`
+    "The logits of every probe, the steps it made, and whether it stopped as it should: at the accuracy, or after the steps it was given."
+    def told(whole): return int(whole.curve.step.iloc[-1]), whole.stopped_at is not None
+    return {name: (probe(pool), k, *told(getattr(probe, "whole", probe))) for name, probe in probes}
 
 # %% ../nbs/08c_stability.ipynb #a99bb6fa
 def beside_kept(
@@ -131,7 +134,7 @@ def beside_kept(
 ) -> pd.DataFrame:          # one row, as from `compare_settings`
     "The run's own selection, as it stands on disk, beside its nearest K."
     told = compare_selections(in_top(pool.ids, own, k), pd.Index(pool.ids).isin(kept), pool.sources)
-    return pd.DataFrame([dict(axis="as it is", setting="as selected", samples=len(pool), steps=pd.NA, **told, spearman=np.nan)]).astype({"steps": "Int64"})
+    return pd.DataFrame([dict(axis="as it is", setting="as selected", samples=len(pool), steps=pd.NA, stopped=True, **told, spearman=np.nan)]).astype({"steps": "Int64"})
 
 # %% ../nbs/08c_stability.ipynb #d0d2f27b
 def other_k(
@@ -139,9 +142,9 @@ def other_k(
     k: int,             # how many the run keeps of them
     factors: list,      # times K; those that would keep nothing or more than there are, are left out
     run_k: int = None,  # K of the whole run, for the names; k where nothing was drawn
-) -> dict:              # (axis, setting) -> (logits, k, None), for `compare_settings`
+) -> dict:              # (axis, setting) -> (logits, k, None, True), for `compare_settings`
     "The run's own scores, cut at another K."
-    return {("K", f"x {f:g} = {round(f * (run_k or k)):,}"): (own, round(f * k), None) for f in factors if 1 <= round(f * k) <= len(own)}
+    return {("K", f"x {f:g} = {round(f * (run_k or k)):,}"): (own, round(f * k), None, True) for f in factors if 1 <= round(f * k) <= len(own)}
 
 # %% ../nbs/08c_stability.ipynb #82dca415
 def growth(
@@ -166,10 +169,10 @@ def plot_growth(
     grown: pd.DataFrame,    # from `growth`
     run_k: int,             # the run's own K, marked
 ):                          # matplotlib Figure
-    "At the left what a selection is made of at every K, at the right what came in since the K before; sources in the order of the pool's nearest."
+    "At the left what a selection is made of at every K, at the right what came in since the K before; the sources that come in first stand first."
     import matplotlib.pyplot as plt, seaborn as sns
     steps = list(grown.k.unique())
-    order = grown[grown.k == steps[0]].assign(size=-grown.share[grown.k == steps[-1]].to_numpy()).sort_values(["share", "size"], ascending=False).source
+    order = grown.groupby("source").retention.mean().sort_values(ascending=False, kind="stable").index
     names = [f"{k:,}" + (" (K)" if k == run_k else "") for k in steps[:-1]] + ["all"]
     ranks = [f"{a + 1:,} to\n{b:,}" for a, b in zip([0, *steps], steps[:-1])] + ["the rest"]
     fig, axes = plt.subplots(1, 2, figsize=(1.8 + 1.3 * len(steps), 1.4 + .34 * len(order)), layout="constrained", sharey=True)
@@ -298,7 +301,7 @@ def compare_run(
     both = ~np.isnan(logits)
     kept = max(1, round(k * both.sum() / len(both)))
     setting = name if both.all() else f"{name} ({both.sum():,} in both)"
-    return compare_settings(pool.where(both), own[both], kept, {("other run", setting): (logits[both], kept, None)})
+    return compare_settings(pool.where(both), own[both], kept, {("other run", setting): (logits[both], kept, None, True)})
 
 # %% ../nbs/08c_stability.ipynb #c6de373f
 AXES = ("seed", "fixed steps", "stop at accuracy", "step size", "K", "pooling", "layer", "text", "other run")  # in the order of the figure
@@ -324,8 +327,9 @@ def figure_rows(
     return groups
 
 def _named(row) -> str:
-    "A setting, with the steps its probe made where its name does not say it."
-    return row.setting if row.axis == "fixed steps" or pd.isna(row.steps) else f"{row.setting} ({row.steps:,} step{'s' if row.steps != 1 else ''})"
+    "A setting, with the steps its probe made where its name does not say it, and whether it gave up there."
+    if row.axis == "fixed steps" or pd.isna(row.steps): return row.setting
+    return f"{row.setting} ({row.steps:,} step{'s' if row.steps != 1 else ''}{'' if row.stopped else ', gave up'})"
 
 # %% ../nbs/08c_stability.ipynb #3746b62e
 def plot_stability(
@@ -383,7 +387,7 @@ def _each(rows: pd.DataFrame) -> str:
     "Settings with what they keep and how alike they are."
     return ", ".join(f"{_named(row)} keeps {row.overlap:.1%} (Jaccard {row.jaccard:.2f}{', no more than chance' if row.jaccard <= row.chance + .02 else ''})" for row in rows.itertuples())
 
-GRADES = {2: ("MATTERS", "far more is replaced than by another seed"), 1: ("matters little", "a little more is replaced than by another seed"), 0: ("does not matter", "no more is replaced than by another seed")}
+GRADES = {2: ("MATTERS", "far more is replaced than by another seed"), 1: ("matters little", "a little more is replaced than by another seed"), 0: ("matters no more than the seed", "no more is replaced than by another seed")}
 
 def axis_text(
     table: pd.DataFrame,    # from `compare_settings`, all axes
@@ -404,7 +408,8 @@ def seed_text(
     "How far another seed moves the selection, beside what chance would do."
     rows = seed_rows(table, table.samples.max())
     if rows.empty: return "seed: no other seed was trained, so nothing says how much of the selection is an accident"
-    return (f"seed: {len(rows)} other seed{'s' * (len(rows) > 1)} of the probe keep{'s' * (len(rows) == 1)} {_range(rows.overlap)} of the selection (Jaccard {_range(rows.jaccard, '.2f')}; "
+    verdict = "MATTERS, more than a tenth of the selection may be an accident" if 1 - rows.overlap.min() > SMALL else "matters little"
+    return (f"seed: {verdict}; {len(rows)} other seed{'s' * (len(rows) > 1)} of the probe keep{'s' * (len(rows) == 1)} {_range(rows.overlap)} of the selection (Jaccard {_range(rows.jaccard, '.2f')}; "
             f"two random selections {rows.chance.mean():.2f}, two random ones that take as many of each source {_range(rows.chance_in_sources, '.2f')}), "
             f"and the ranks of all samples correlate at {_range(rows.spearman, '.3f')}; this is the yardstick for the rest")
 

@@ -86,6 +86,8 @@ def test_ties_are_broken_as_in_the_selection():
     ids, logits = np.array([f"s/{i}" for i in range(300)], object), rng.integers(0, 5, 300).astype(float)
     kept = top_k(pd.DataFrame(dict(id=ids, source="s", score=logits)), 77).id
     assert set(ids[in_top(ids, logits, 77)]) == set(kept)
+    for k in 0, 301:
+        with pytest.raises(ValueError, match="of a pool of 300"): in_top(ids, logits, k)
     shuffled = rng.permutation(300)
     assert set(ids[shuffled][in_top(ids[shuffled], logits[shuffled], 77)]) == set(kept)
 
@@ -125,6 +127,13 @@ def test_stopping_points(retrained):
 
 def test_the_runs_own_options_are_used():
     assert own_options(PARAMETERS, 1) == dict(seed=1, folds=1, probe="linear", batch=64, stop_accuracy=0.9, lr=0.1, max_steps=2000, validation=0.1)
+
+
+def test_a_probe_that_gives_up_is_marked(run):
+    table, pool, own, k = run
+    options = OPTIONS | dict(stop_accuracy=0.9999, max_steps=15)
+    told = compare_settings(pool, own, k, scored(train_settings(table, options, fixed=[5]), pool, k)).set_index("setting")
+    assert told.steps["trained again"] == 15 and not told.stopped["trained again"] and told.stopped["5 steps"]
 
 
 def test_cross_fitted_and_bent_probes_can_be_asked_too(run):
@@ -247,7 +256,7 @@ def test_another_run_with_other_ids_is_refused(tmp_path, run):
 
 def made_up(**kept):
     "A table of settings that share so much of 100, of 1,000 samples."
-    rows = [dict(axis=axis, setting=f"{axis} {n}", samples=1000, steps=n, kept=100, kept_other=100, shared=shared, jaccard=shared / (200 - shared), overlap=shared / 100, chance=0.053,
+    rows = [dict(axis=axis, setting=f"{axis} {n}", samples=1000, steps=n, stopped=True, kept=100, kept_other=100, shared=shared, jaccard=shared / (200 - shared), overlap=shared / 100, chance=0.053,
                  chance_in_sources=0.2, largest=1.0, mix=0.01, spearman=0.9) for axis, each in kept.items() for n, shared in enumerate(each, 1)]
     return pd.DataFrame(rows).astype({"steps": "Int64"})
 
@@ -259,11 +268,13 @@ def test_grades():
 
 def test_words_follow_the_table():
     table = made_up(seed=[97, 95], layer=[96, 95], pooling=[96, 92], text=[96, 40, 10])
-    assert axis_text(table, "layer").startswith("layer: does not matter; no more is replaced than by another seed: layer 1 (1 step) keeps 96.0%")
+    assert axis_text(table, "layer").startswith("layer: matters no more than the seed; no more is replaced than by another seed: layer 1 (1 step) keeps 96.0%")
     assert axis_text(table, "pooling").startswith("pooling: matters little; a little more is replaced than by another seed: pooling 2 (2 steps) keeps 92.0%")
     text = axis_text(table, "text")
     assert text.startswith("text: MATTERS; far more is replaced than by another seed: text 2") and "text 3 (3 steps) keeps 10.0% (Jaccard 0.05, no more than chance)" in text and text.index("text 1 ") > text.index("text 3 ")
-    assert "2 other seeds of the probe keep 95.0% to 97.0%" in seed_text(table) and "random selections 0.05" in seed_text(table)
+    assert seed_text(made_up(seed=[97, 89])).startswith("seed: MATTERS") and "keeps 89" not in seed_text(table)
+    assert axis_text(table.assign(stopped=table.setting != "layer 2"), "layer").endswith("layer 2 (2 steps, gave up) keeps 95.0% (Jaccard 0.90)")
+    assert "seed: matters little; 2 other seeds of the probe keep 95.0% to 97.0%" in seed_text(table) and "random selections 0.05" in seed_text(table)
 
 
 def test_words_without_a_yardstick(retrained, run):
@@ -277,7 +288,7 @@ def test_words_without_a_yardstick(retrained, run):
 def test_drawn_samples_have_their_own_yardstick():
     drawn = made_up(seed=[70], pooling=[75]).assign(samples=100, kept=10)
     table = pd.concat([made_up(seed=[97]), drawn])
-    assert axis_text(table, "pooling").startswith("pooling (of 100 drawn samples, 10 kept; another seed keeps 70.0%): does not matter")
+    assert axis_text(table, "pooling").startswith("pooling (of 100 drawn samples, 10 kept; another seed keeps 70.0%): matters no more than the seed")
     assert [title for title, _ in figure_rows(table)] == ["seed", "seed (100 samples)", "pooling (100 samples)"]
 
 
