@@ -54,9 +54,9 @@ def look(
 
 # %% ../nbs/08d_leakage.ipynb #5017dac4
 def _hash64(*parts) -> int:  # 1 to 2**64 - 1, the same in every process
-    digest = hashlib.blake2b(digest_size=8)
+    digest = hashlib.sha256()  # which processors have built in
     for part in parts: digest.update(part)
-    return int.from_bytes(digest.digest(), "little") or 1
+    return int.from_bytes(digest.digest()[:8], "little") or 1
 
 # %% ../nbs/08d_leakage.ipynb #fd83e848
 def picture_hashes(
@@ -213,7 +213,7 @@ def distance_blocks(
     a: np.ndarray,      # (N, 2) uint64
     b: np.ndarray,      # (M, 2) uint64
     rows: int = 64,     # of a in a block
-    columns: int = 2048,  # of b in a block
+    columns: int = 4096,  # of b in a block
 ) -> Iterator[tuple]:   # first row, first column, bits that differ: uint8 (rows, columns), and with a mirrored
     "The distances of all pairs, a block at a time."
     left, mirrored, right = np.ascontiguousarray(a.T), np.ascontiguousarray((a ^ MIRROR).T), np.ascontiguousarray(b.T)
