@@ -6,7 +6,7 @@
 __all__ = ['FEW', 'LARGEST', 'EXTENSION', 'MAX_PIXELS', 'OTHER_MARKS', 'NAME', 'SPEAKER', 'DATASET_INFO', 'TRAINED', 'COLUMNS',
            'USE', 'CHOSEN', 'CARD', 'README', 'FORMS', 'DONE', 'read_selection', 'draw', 'take_turns', 'draw_all',
            'Picture', 'as_file', 'token_counter', 'Item', 'ready', 'sharegpt_row', 'paper_recipe', 'training_settings',
-           'training_yaml', 'LlamaFactory', 'tar_members', 'Webdataset', 'hf_schema', 'HuggingFace', 'hf_row',
+           'training_yaml', 'Form', 'LlamaFactory', 'tar_members', 'Webdataset', 'hf_schema', 'HuggingFace', 'hf_row',
            'provenance', 'readme', 'export', 'told']
 
 # %% ../nbs/08a_export.ipynb #a505f860
@@ -288,18 +288,32 @@ def _pictured_first(
     yield from rows
 
 # %% ../nbs/08a_export.ipynb #3432c3fd
-class LlamaFactory:
-    "What LLaMA-Factory trains on unchanged."
+class Form:
+    "A form of export, written into one folder. Another form inherits and defines `write`."
     def __init__(self,
         folder: Path,   # of the export
-    ):
-        self.folder, self.part = folder, lambda number: folder / ".work" / f"{number:05d}.jsonl"
+    ): self.folder = folder
 
     def write(self,
         number: int, of: int,   # shard, how many there are
         items: Iterator,        # of Item
-    ) -> dict:                  # what `finish` has to know
+    ) -> dict:                  # what `finish` has to know of it
         "Write one shard."
+        raise NotImplementedError
+
+    def finish(self,
+        books: list,    # what `write` gave
+        facts: dict,    # of the export
+    ) -> dict:          # what is worth telling about it
+        "Write what stands beside the shards: nothing, unless a form says otherwise."
+        return {}
+
+# %% ../nbs/08a_export.ipynb #06ae721b
+class LlamaFactory(Form):
+    "What LLaMA-Factory trains on unchanged."
+    def part(self, number: int) -> Path: return self.folder / ".work" / f"{number:05d}.jsonl"
+
+    def write(self, number, of, items):
         folders, pictured = set(), False
         with atomic_path(self.part(number)) as path, open(path, "w", encoding="utf-8") as file:
             for row in _pictured_first(sharegpt_row(item, names) for item, names in _places(number, items, self.folder)):
@@ -309,10 +323,7 @@ class LlamaFactory:
         if not any((images := self.folder / "images" / f"{number:05d}").iterdir()): images.rmdir()
         return dict(folders=sorted(folders), pictured=pictured)
 
-    def finish(self,
-        books: list,    # what `write` gave
-        facts: dict,    # of the export
-    ) -> dict:          # what is worth telling about it
+    def finish(self, books, facts):
         "Join the shards and write what stands beside them."
         folders = {folder for book in books for folder in book["folders"]}
         media = os.path.commonpath([os.path.abspath(self.folder), *folders]) if folders else "."
@@ -343,25 +354,15 @@ def tar_members(
     return [*pictures, (f"{key}.json", json.dumps(row, ensure_ascii=False).encode())]
 
 # %% ../nbs/08a_export.ipynb #08c1d207
-class Webdataset:
+class Webdataset(Form):
     "Tar shards."
-    def __init__(self,
-        folder: Path,   # of the export
-    ): self.folder = folder
-
-    def write(self,
-        number: int, of: int,   # shard, how many there are
-        items: Iterator,        # of Item
-    ) -> dict:                  # what `finish` has to know: nothing
-        "Write one shard."
+    def write(self, number, of, items):
         with atomic_path(self.folder / f"{NAME}-{number:06d}.tar") as path, tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
             for item in items:
                 for name, content in tar_members(item):
                     (member := tarfile.TarInfo(name)).size = len(content)
                     tar.addfile(member, io.BytesIO(content))
         return {}
-
-    def finish(self, books: list, facts: dict) -> dict: return {}
 
 # %% ../nbs/08a_export.ipynb #8a0ae70d
 COLUMNS = {"id": "string", "source": "string", "score": "float64", "rank": "int64"}
@@ -375,23 +376,14 @@ def hf_schema():  # pyarrow Schema
                       ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", text)])))], metadata={"huggingface": json.dumps({"info": {"features": note}})})
 
 # %% ../nbs/08a_export.ipynb #b545cd51
-class HuggingFace:
+class HuggingFace(Form):
     "Parquet files with the image bytes."
-    def __init__(self,
-        folder: Path,   # of the export
-    ): self.folder = folder
-
-    def write(self,
-        number: int, of: int,   # shard, how many there are
-        items: Iterator,        # of Item
-    ) -> dict:                  # what `finish` has to know: nothing
+    def write(self, number, of, items):
         "Write one shard, a hundred rows at a time: viewers read that much at once."
         import pyarrow as pa, pyarrow.parquet as pq
         with atomic_path(self.folder / "data" / f"train-{number:05d}-of-{of:05d}.parquet") as path, pq.ParquetWriter(path, hf_schema(), compression="zstd") as writer:
             while rows := [hf_row(item) for item in islice(items, 100)]: writer.write_table(pa.Table.from_pylist(rows, hf_schema()))
         return {}
-
-    def finish(self, books: list, facts: dict) -> dict: return {}
 
 # %% ../nbs/08a_export.ipynb #8e57ec51
 def hf_row(

@@ -160,10 +160,10 @@ def test_killed_in_the_middle_of_a_shard(run, tmp_path, to, shard):
 
 class Heavy(Source):
     "Two hundred pictures of 3 MB, made when their record is parsed; walked through, never looked up."
-    walks = 0
+    walks, size = 0, 200
     def records(self, start=0):
         Heavy.walks += 1
-        return (Record(str(i), "made here") for i in range(start, 200))
+        return (Record(str(i), "made here") for i in range(start, self.size))
     def parse(self, record):
         image = np.full((1000, 1000, 3), int(record.key), np.uint8)
         return [Sample(f"{self.name}/{record.key}", self.name, "vlm", (ImageRef(array=image),), (turn("user", "<image> How bright?"), turn("assistant", record.key)))]
@@ -184,10 +184,7 @@ def test_samples_are_written_as_they_are_read(tmp_path, to):
 
 class Counted(Heavy):
     "Small, and looked up as well as walked through."
-    looked_up = 0
-    def records(self, start=0):
-        Heavy.walks += 1
-        return (Record(str(i), "made here") for i in range(start, 5000))
+    looked_up, size = 0, 5000
     def find(self, key):
         Counted.looked_up += 1
         return Record(key, "made here")
