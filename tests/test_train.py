@@ -1,5 +1,8 @@
 """The training loop: killed runs, data order, optimisers."""
 import os
+import random
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +14,12 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from embodied_midtrain.train import Muon, Prepared, batch_order, hidden_matrices, make_optimizers, rate, train
+from embodied_midtrain.backbone import answer_loss, load_backbone
+from embodied_midtrain.batches import Batches, Prepared, ahead, batch_order, padding, paper_lengths, token_batches
+from embodied_midtrain.optimizers import Muon, frozen, hidden_matrices, make_optimizers, rate
+from embodied_midtrain.samples import ImageRef, Sample, turn
+from embodied_midtrain.speed import matmul_rate, operations, speed
+from embodied_midtrain.train import TIMES, train
 
 torch.set_num_threads(1)  # sums are split by threads: a killed process and its successor need the same number to agree to the last bit
 STEPS = 30
@@ -61,6 +69,59 @@ def test_killed_twice_equals_uninterrupted(tmp_path):
     assert same(whole, resumed) and log.equals(log2)
 
 
+def forked(work):
+    "Run something in a forked child and kill it, if it lives, after so many seconds; whether it was killed."
+    if (child := os.fork()) == 0:
+        try: work()
+        finally: os._exit(0)
+    return child
+
+
+def test_killed_at_random_moments_equals_uninterrupted(tmp_path):
+    "Checkpoints at every other step: many of the moments lie within the writing of one."
+    whole, log = fit()
+    moments, killed = random.Random(0), 0
+    while killed < 12:
+        child = forked(lambda: fit(0.003, state=tmp_path, save_every=2))
+        time.sleep(moments.uniform(0.05, 0.5))
+        os.kill(child, signal.SIGKILL)
+        if os.waitpid(child, 0)[1] == 0: break   # it was done before
+        killed += 1
+    resumed, log2 = fit(state=tmp_path, save_every=2)
+    assert killed > 3 and same(whole, resumed) and log.equals(log2)
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".tmp")]   # what kills left half-written is cleared
+
+
+@pytest.mark.parametrize("moment", ["before", "weights", "log", "renamed"])
+def test_killed_in_the_middle_of_a_checkpoint(moment, tmp_path, monkeypatch):
+    "At its third: with nothing written yet, the weights half written, all but the log, and in place with the oldest not yet dropped."
+    from accelerate import Accelerator
+    from embodied_midtrain import train as module
+    whole, log = fit()
+    saved, removed, calls = Accelerator.save_state, module._remove, []
+    die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+    def dying_save(self, folder):
+        calls.append(folder)
+        if len(calls) == 3 and moment == "before": die()
+        saved(self, folder)
+        if len(calls) == 3 and moment == "weights":
+            file = Path(folder) / "model.safetensors"
+            file.write_bytes(file.read_bytes()[:200])
+            (Path(folder) / "optimizer.bin").unlink()
+        if len(calls) == 3 and moment in ("weights", "log"): die()
+    def dying_remove(path):
+        if moment == "renamed" and path.name == "step-00000004": die()
+        removed(path)
+    def work():
+        Accelerator.save_state, module._remove = dying_save, dying_remove
+        fit(state=tmp_path, save_every=4)
+    _, status = os.waitpid(forked(work), 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert [int(p.name[5:]) for p in sorted(tmp_path.glob("step-*"))] == ([4, 8, 12] if moment == "renamed" else [4, 8])
+    resumed, log2 = fit(state=tmp_path)
+    assert same(whole, resumed) and log.equals(log2)
+
+
 def test_finished_run_is_not_trained_again(tmp_path):
     model, log = fit(state=tmp_path)
     again, log2 = fit(state=tmp_path, on_step=lambda s, m: pytest.fail("trained again"))
@@ -78,6 +139,22 @@ def test_full_disk_keeps_the_last_state(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="free some space"): fit(state=tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000004", "step-00000008"]
     assert same(fit(state=tmp_path)[0], fit()[0])
+
+
+def test_so_many_checkpoints_are_kept(tmp_path):
+    fit(state=tmp_path, keep=3)
+    assert [int(p.name[5:]) for p in sorted(tmp_path.iterdir())] == [24, 28, 30]
+
+
+def test_too_little_room_is_said_before_the_first_step(tmp_path, monkeypatch):
+    room = lambda free: monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 0, free))
+    room(1000)
+    with pytest.raises(OSError, match="free some space, keep fewer checkpoints, or choose another folder"): fit(state=tmp_path, on_step=lambda s, m: pytest.fail("it began"))
+    fit(on_step=lambda s, m: None)   # without checkpoints nothing is asked
+    assert not list(tmp_path.iterdir())
+    room(10**9)
+    with pytest.raises(OSError, match="free some space"): fit(state=tmp_path, on_step=lambda s, m: room(10**9 if s < 8 else 10))
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000004"]   # the last good one
 
 
 def test_accumulation_equals_the_large_batch():
@@ -117,6 +194,30 @@ def test_infinite_gradient_leaves_the_weights():
     assert same(model, Tiny())
 
 
+class Named:
+    "Batches that know whose they are."
+    def __call__(self, position): return batch(position)
+    def ids(self, position): return [f"d/{i}" for i in ORDER[position]]
+
+
+@pytest.mark.parametrize("accumulation, step, named", [(1, 7, [6]), (2, 4, [6])])
+def test_nan_names_the_samples_of_its_batch(accumulation, step, named):
+    bad = lambda model, x: loss(model, x) * (float("nan") if (x == DATA[ORDER[6]]).all() else 1.0)
+    with pytest.raises(FloatingPointError) as error: train(Tiny(), Named(), bad, 10, 0.01, accumulation=accumulation)
+    assert f"nan at step {step}, samples {', '.join(f'd/{i}' for p in named for i in ORDER[p])};" in str(error.value)
+
+
+def test_an_infinite_gradient_names_all_samples_of_its_step():
+    "Which of the batches it came from is not known any more."
+    bad = lambda model, x: loss(model, x) + (torch.sqrt(model.head.bias.sum() * 0) if (x == DATA[ORDER[6]]).all() else 0)
+    model = Tiny()
+    with pytest.raises(FloatingPointError, match="gradient is nan at step 4") as error: train(model, Named(), bad, 10, 0.01, accumulation=2)
+    assert all(f"d/{i}" in str(error.value) for p in (6, 7) for i in ORDER[p])
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    again = train(model, batch, loss, 3, 0.01)   # and it can be trained on: what the run left of gradients does not count
+    assert np.isfinite(again.loss).all()
+
+
 @pytest.mark.parametrize("lengths", [None, np.arange(50) % 7])
 def test_order_is_a_pure_function_of_seed_and_position(lengths):
     long = batch_order(50, 8, 100, seed=1, lengths=lengths)
@@ -154,10 +255,145 @@ def test_unknown_names_are_errors():
     with pytest.raises(ValueError, match="did you mean 'cosine'"): rate(0, 10, "cosin")
 
 
+# ---- a real, if tiny, model
+
+def uneven(count, longest=20):
+    "Samples of different lengths, every fifth without a picture, some with two."
+    rng, words = np.random.default_rng(0), "point to the apple red cup left of blue jar".split()
+    text = lambda n: " ".join(rng.choice(words, n))
+    picture = lambda: ImageRef(array=rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    images = [tuple(picture() for _ in range(0 if i % 5 == 4 else 2 if i % 7 == 0 else 1)) for i in range(count)]
+    return [Sample(f"u/{i}", "u", "vlm", x, (turn("user", "<image>\n" * len(x) + text(rng.integers(2, longest))), turn("assistant", text(rng.integers(1, longest))))) for i, x in enumerate(images)]
+
+
+def tuned(samples=None, order=None, steps=4, **how):
+    "The tiny backbone after a few steps, and the log."
+    tiny = load_backbone("tiny", device="cpu")
+    prepared = Prepared(tiny, samples or uneven(24))
+    order = batch_order(24, 4, steps * how.get("accumulation", 1), lengths=prepared.lengths) if order is None else order
+    log = train(tiny.model, Batches(prepared, order), lambda model, batch: answer_loss(tiny, batch), steps, 2e-3, **{"detail": True} | how)
+    return tiny, log
+
+
+def test_packed_by_tokens_equals_each_sample_alone():
+    "Loss and gradients of batches by tokens are those of the same samples, unpadded, one by one."
+    tiny, samples = load_backbone("tiny", device="cpu"), uneven(24)
+    prepared = Prepared(tiny, samples)
+    gradients = lambda: [p.grad.clone() for p in tiny.model.parameters() if p.grad is not None]
+    for which in token_batches(prepared.lengths, 220, 3):
+        tiny.model.zero_grad()
+        together = answer_loss(tiny, prepared.batch(which))
+        together.backward()
+        batched = gradients()
+        tiny.model.zero_grad()
+        alone = 0
+        for i in which:
+            part = answer_loss(tiny, tiny.batch([samples[i]], answers=True)) * prepared.answers[i] / prepared.answers[which].sum()
+            part.backward()
+            alone += part.item()
+        assert len(which) > 1 and together.item() == pytest.approx(alone, abs=1e-5)
+        for a, b in zip(batched, gradients(), strict=True): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_small_batches_of_a_step_equal_the_large_one():
+    "Means of batches with few and with many answer tokens are not averaged: every token of the step counts the same."
+    samples, order = uneven(24), batch_order(24, 4, 4)
+    (one, log), (many, log2) = tuned(samples, order), tuned(samples, [[i] for batch in order for i in batch], accumulation=4)
+    np.testing.assert_allclose(log.loss, log2.loss, atol=1e-5)
+    for a, b in zip(one.model.parameters(), many.model.parameters()): torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+def test_batches_by_tokens_are_a_pure_function_and_keep_the_budget():
+    lengths = paper_lengths(3000).tokens.to_numpy()
+    long = token_batches(lengths, 12_000, 300, seed=1)
+    for batches in (1, 50, 101): assert all((a == b).all() for a, b in zip(token_batches(lengths, 12_000, batches, seed=1), long, strict=False))
+    assert all(len(b) * lengths[b].max() <= 12_000 for b in long) and padding(long, lengths) < 0.10
+    drawn = np.bincount(np.concatenate(long), minlength=3000)
+    assert drawn.min() >= drawn.max() - 2   # whole epochs, apart from the windows at both ends
+    assert padding(batch_order(3000, 32, 90), lengths) > 0.3   # what it is good for
+    with pytest.raises(ValueError, match="raise the budget"): token_batches([5, 9], 8, 1)
+    with pytest.raises(ValueError, match="no samples"): token_batches([], 8, 1)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_change_nothing(workers):
+    (plain, log), (threaded, log2) = tuned(), tuned(workers=workers)
+    assert same(plain.model, threaded.model) and log.drop(columns=TIMES).equals(log2.drop(columns=TIMES))
+
+
+def test_an_error_in_a_worker_is_raised_and_its_threads_end():
+    import threading
+    def broken(position):
+        if position == 5: raise OSError("no such picture")
+        return batch(position)
+    for workers in (0, 2):
+        with pytest.raises(OSError, match="no such picture"): train(Tiny(), broken, loss, 10, 0.01, workers=workers)
+    assert not [t for t in threading.enumerate() if t.name.startswith("batches")]
+    assert list(ahead(str, range(5), 2, depth=1)) == list("01234")
+
+
+def test_data_is_made_while_the_step_runs():
+    "Data that takes half as long as a step: waited for without workers, hardly with one."
+    def slow(position): time.sleep(0.02); return batch(position)
+    def loss_of_a_slow_model(model, x): time.sleep(0.04); return loss(model, x)
+    waiting = [speed(train(Tiny(), slow, loss_of_a_slow_model, 20, 0.01, workers=workers, detail=True))["waiting"] for workers in (0, 1)]
+    assert waiting[0] > 0.25 and waiting[1] < waiting[0] / 2
+
+
+def test_frozen_parts_stay_and_are_free_again():
+    start = load_backbone("tiny", device="cpu").model
+    tiny, _ = tuned(freeze=["vision_tower", "language_model.layers.0"])
+    moved = {n for (n, p), q in zip(tiny.model.named_parameters(), start.parameters()) if not torch.equal(p, q)}
+    assert not {n for n in moved if "vision_tower" in n or "layers.0." in n} and "model.language_model.layers.1.mlp.up_proj.weight" in moved
+    assert all(p.requires_grad for p in tiny.model.parameters())
+    with pytest.raises(ValueError, match="did you mean"): tuned(freeze=["vision_towr"])
+
+
+def test_checkpointing_of_activations_changes_nothing():
+    (plain, log), (again, log2) = tuned(), tuned(checkpointing=True)
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in again.model.modules())
+    np.testing.assert_allclose(log.loss, log2.loss, atol=1e-6)
+    for a, b in zip(plain.model.parameters(), again.model.parameters()): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_a_tracker_gets_every_row():
+    from accelerate.tracking import GeneralTracker
+    rows, told = [], {}
+    class Own(GeneralTracker):
+        name, requires_logging_directory, tracker = "own", False, None
+        def store_init_configuration(self, values): told.update(values)
+        def log(self, values, step=None, **more): rows.append((step, values))
+        def finish(self): told["finished"] = True
+    _, log = tuned(tracker=Own())
+    assert [step for step, _ in rows] == [1, 2, 3, 4] and [row["loss"] for _, row in rows] == log.loss.tolist()
+    assert told["lr"] == 2e-3 and told["finished"] and rows[0][1].keys() == set(log.columns) - {"step"}
+    with pytest.raises(ImportError, match="'nothing' is not installed"): tuned(tracker="nothing")
+
+
+def test_the_log_tells_where_time_and_tokens_went():
+    prepared = Prepared(load_backbone("tiny", device="cpu"), uneven(24))
+    order = batch_order(24, 4, 4, lengths=prepared.lengths)
+    tiny, log = tuned()
+    assert log.tokens.tolist() == [prepared.lengths[b].sum() for b in order] and log.padded.tolist() == [4 * prepared.lengths[b].max() for b in order]
+    assert (log[TIMES[:-1]].sum(axis=1) <= log.seconds).all() and (log[["data_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds"]] > 0).all(axis=None)
+    found = speed(log, peak=matmul_rate("cpu", size=256, rounds=2))
+    assert 0 < found["utilisation"] < 1.5 and found["padding"] == pytest.approx(1 - log.tokens[2:].sum() / log.padded[2:].sum())
+    assert sum(found[k] for k in ("waiting", "forward", "backward", "optimizer")) <= 1
+    assert list(tuned(detail=False)[1].columns) == ["step", "loss", "lr", "grad_norm", "data_seconds", "seconds"]
+
+
+def test_operations_of_what_is_frozen_count_less():
+    tiny = load_backbone("tiny", device="cpu")
+    batch = tiny.batch(uneven(4), answers=True)
+    whole = operations(tiny.model)(batch)
+    for p in frozen(tiny.model, ["vision_tower"]): p.requires_grad_(False)
+    without_vision = operations(tiny.model)(batch)
+    for p in tiny.model.parameters(): p.requires_grad_(False)
+    assert operations(tiny.model)(batch) < without_vision < whole and operations(nn.Linear(2, 2))(batch) == 0
+
+
 @pytest.mark.parametrize("answers", [True, False])
 def test_prepared_equals_direct(answers):
-    from embodied_midtrain.backbone import load_backbone
-    from embodied_midtrain.samples import Sample, turn
     from embodied_midtrain.tabletop.pool import TabletopSource
     tiny = load_backbone("tiny", device="cpu")
     samples = [s for name in ("mini-vcr", "mini-refspatial") for s in TabletopSource(name, 8)] * 2
