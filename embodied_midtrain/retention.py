@@ -255,6 +255,7 @@ def visulogic_answer(
         if asked not in lower: continue
         lower = lower.split(asked)[-1].strip().split("\n")[0].split(".")[0]
         if lower.upper() in set("ABCD"): return lower.upper(), "rule"
+    if text in set("ABCD"): return text, "rule"
     letter = chosen_letter(text, dict.fromkeys("ABCD", ""))
     return (letter, "words") if letter else (None, "none")
 
