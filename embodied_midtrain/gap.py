@@ -64,7 +64,7 @@ def in_units(
         if len(codes) != len(groups[name]): raise ValueError(f"{name!r} has {len(groups[name])} samples, but units are given for {len(codes)}")
         x[name], sizes[name] = groups[name][np.argsort(codes, kind="stable")], np.bincount(codes)
     if alone := [name for name in x if len(sizes[name]) < 2]:
-        raise ValueError(f"all samples of dataset {alone[0]!r} are of one episode, which says nothing about others: take more episodes, or take frames as independent (unit=sample)")
+        raise ValueError(f"all samples of dataset {alone[0]!r} are of one episode, which says nothing about others: take more episodes, or take frames as independent (--set gap.unit=sample)")
     return x, sizes
 
 # %% ../nbs/06_gap.ipynb #817196c5
@@ -251,11 +251,14 @@ def exact_sums(
             k = xp.asarray(gaussian_kernel(x[a], x[b], sigma, xp), dtype=xp.float64)
             k = unit_sums(unit_sums(k, sizes[a], xp).T, sizes[b], xp).T
             w, v = (move(weights[one][slice(None) if a == b else rows[other]].astype(np.float64)) for one, other in ((a, b), (b, a)))
-            total = w @ k
-            both, ones = back((total * v).sum(-1)), back(total.sum(-1))
+            both, ones, ones_v = map(back, _weighted(k, w, v))
             if a == b: out.within[:, i], out.within_ones[:, i], out.own[i] = both, ones, back(k.diagonal())
-            else: out.cross[:, i, j], out.cross[:, j, i], out.cross_ones[:, i, j], out.cross_ones[:, j, i] = both, both, ones, back(v @ total[0])  # the first row is ones
+            else: out.cross[:, i, j], out.cross[:, j, i], out.cross_ones[:, i, j], out.cross_ones[:, j, i] = both, both, ones, ones_v
     return out
+
+def _weighted(k, w, v):  # w k v, w k 1 and 1 k v: the first row of w is ones
+    total = w @ k
+    return (total * v).sum(-1), total.sum(-1), v @ total[0]
 
 # %% ../nbs/06_gap.ipynb #b74fc8fb
 def _mean(total, pairs):  # NaN where there are no pairs
@@ -420,11 +423,11 @@ def fourier_sums(
         total = np.zeros((S, R, 2 * omega.shape[1]))
         for i, name in enumerate(names): total[i] = _wave_sums(groups[name], sizes[name], weights[name], omega, chunk, out.own[i])
         for i, a in enumerate(names):
-            out.within[:, i] += (total[i]**2).sum(-1)
+            out.within[:, i] += np.einsum("rf,rf->r", total[i], total[i])
             out.within_ones[:, i] += total[i] @ total[i, 0]
             for j, b in enumerate(names[:i]):
                 w, v = total[i, rows[b]], total[j, rows[a]]
-                out.cross[:, i, j] += (w * v).sum(-1)
+                out.cross[:, i, j] += np.einsum("rf,rf->r", w, v)
                 out.cross_ones[:, i, j] += w @ v[0]
                 out.cross_ones[:, j, i] += v @ w[0]
     for sums in (out.within, out.within_ones, out.cross, out.cross_ones, *out.own): sums /= frequencies
