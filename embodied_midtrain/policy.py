@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'PROMPT', 'mlp', 'ActionHead', 'SmallHead', 'with_query_slot', 'query_states', 'Policy', 'action_loss',
-           'save_policy', 'load_policy', 'Frames', 'finetune', 'finetune_arm', 'plot_losses']
+           'save_policy', 'load_policy', 'Frames', 'finetune', 'finetune_arm']
 
 # %% ../nbs/10a_policy.ipynb #f88843fe
 from pathlib import Path
@@ -21,7 +21,6 @@ from .actions import ActionNormaliser, check_actions, chunks
 from .backbone import Backbone, load_backbone
 from .core import Stage, _remove, atomic_path, file_hash, own_files, read_json, seed_for, unknown, write_json, write_table
 from .samples import IMAGE_MARK, ImageRef, Sample, turn
-from .selection import ARM_COLOUR
 from .sources.base import open_source
 from .train import Prepared, batch_order, batches_needed, train
 
@@ -244,19 +243,3 @@ def finetune_arm(
         write_table(log.drop(columns=["data_seconds", "seconds"]), stage.file("log.parquet"))  # times differ from run to run: they stand in the manifest
         stage.count(episodes=len(episodes), frames=sum(map(len, episodes)))
         _remove(stage.file("state"))
-
-# %% ../nbs/10a_policy.ipynb #a4012796
-def plot_losses(
-    log: pd.DataFrame,  # task, arm, seed, step, loss
-    smooth: int = 20,   # steps
-):                      # matplotlib figure
-    "Training loss of every arm, a panel for each task."
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-    tasks = log.task.unique()
-    figure, axes = plt.subplots(1, len(tasks), figsize=(1 + 3.8 * len(tasks), 2.8), squeeze=False, layout="constrained")
-    smoothed = log.assign(loss=log.groupby(["task", "arm", "seed"], sort=False).loss.transform(lambda x: x.rolling(smooth, min_periods=1).mean()))
-    for ax, task in zip(axes[0], tasks):
-        sns.lineplot(smoothed[smoothed.task == task], x="step", y="loss", hue="arm", errorbar=None, palette=ARM_COLOUR, ax=ax)
-        ax.set(title=task, xlabel="fine-tuning step", ylabel="training loss", ylim=(0, None))
-    return figure

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'KEEP', 'BASIC', 'TIMES', 'batches_needed', 'state_size', 'check_disk', 'save_state', 'load_state',
-           'Objective', 'step_weights', 'train']
+           'Objective', 'step_weights', 'train', 'plot_losses']
 
 # %% ../nbs/09_train.ipynb #a152c76c
 import errno, logging, math, shutil, time
@@ -23,6 +23,7 @@ from torch import nn
 from .batches import Batches, Prepared, ahead, batch_order  # those who train take them from here
 from .core import TEMPORARY, _existing, _remove, atomic_path, read_json, readable, seed_for, unknown, write_json
 from .optimizers import frozen, make_optimizers, rate
+from .selection import ARM_COLOUR
 from .speed import Clock, operations, sequences, speed
 
 # %% ../nbs/09_train.ipynb #be2ec3be
@@ -267,3 +268,21 @@ def _tidy(folder, size, keep):
     "Clear what a kill left half-written, and see that there is room for the checkpoints to come."
     for left in folder.glob(f"{TEMPORARY}*"): _remove(left)
     check_disk(folder, (keep + 1) * size - sum(f.stat().st_size for f in folder.rglob("*")))
+
+# %% ../nbs/09_train.ipynb #f8d230a3
+def plot_losses(
+    log: pd.DataFrame,      # arm, seed, step, loss; task, where there are several
+    step: str,              # what a step is, below the axis
+    loss: str = "training loss",  # what the loss is, beside it
+    smooth: int = 20,       # steps
+):                          # matplotlib figure
+    "Training loss of every arm, a panel for each task."
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+    panels = list(log.groupby("task", sort=False)) if "task" in log else [("", log)]
+    figure, axes = plt.subplots(1, len(panels), figsize=(1.2 + 3.8 * len(panels), 2.9), squeeze=False, layout="constrained")
+    for ax, (task, rows) in zip(axes[0], panels):
+        smoothed = rows.assign(loss=rows.groupby(["arm", "seed"], sort=False).loss.transform(lambda x: x.rolling(smooth, min_periods=1).mean()))
+        sns.lineplot(smoothed, x="step", y="loss", hue="arm", errorbar=None, palette=ARM_COLOUR, ax=ax)
+        ax.set(title=task, xlabel=step, ylabel=loss, ylim=(0, None))
+    return figure
