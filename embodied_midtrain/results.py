@@ -8,7 +8,8 @@ __all__ = ['ARMS', 'ARM_STYLE', 'BENCHMARKS', 'COMPARISONS', 'CELL', 'PACKAGE', 
            'pair_error', 'paired_interval', 'mcnemar', 'paired_difference', 'difference_table', 'episodes_needed',
            'span', 'described', 'readable_success', 'readable_differences', 'plot_arm', 'plot_dynamics', 'plot_bounds',
            'paper_table', 'paper_rows', 'beside_paper', 'markdown', 'save_table', 'reference_text', 'summary',
-           'write_results', 'stage_seconds', 'commit_results', 'kept_results']
+           'write_results', 'stage_seconds', 'commit_results', 'kept_results', 'story_tables', 'plot_story',
+           'commit_story', 'kept_story']
 
 # %% ../nbs/12_results.ipynb #d953648b
 from importlib.resources import files
@@ -19,13 +20,14 @@ import pandas as pd
 
 from .core import atomic_path, read_json, read_manifest, read_table, unknown, write_json, write_table
 from .gap import save_figure
+from .proximity import GROUP_COLOUR, some_scores
 from .selection import ARM_COLOUR
 
 # %% ../nbs/12_results.ipynb #1ebecdc9
 ARMS = {"base": "no mid-training", "random": "+ random selection", "proximity": "+ proximity selection"}
 ARM_STYLE = {arm: (ARM_COLOUR[arm], *look) for arm, look in {"base": ("s", ":"), "random": ("^", "--"), "proximity": ("o", "-")}.items()}
 BENCHMARKS = {"tabletop": "synthetic tabletop"}  # what a reader must know of a benchmark, said wherever it is named
-COMPARISONS = [("proximity", "base"), ("proximity", "random"), ("random", "base")]
+COMPARISONS = [("proximity", other) for other in ARM_COLOUR if other != "proximity"] + [("random", "base")]  # of those that a run has
 
 # %% ../nbs/12_results.ipynb #cc82e792
 def wilson(successes: int | np.ndarray,  # episodes that succeeded
@@ -201,7 +203,7 @@ def plot_arm(ax,                       # matplotlib axes
              runs: pd.DataFrame,       # the same per seed
              ):
     "One arm's success along fine-tuning: pooled line with band, single seeds thin."
-    colour, marker, line = ARM_STYLE.get(arm, ("#CC79A7", "D", "-."))
+    colour, marker, line = ARM_STYLE.get(arm, (ARM_COLOUR.get(arm, "black"), "D", "-."))
     ax.plot(cells["step"], cells["success"], color=colour, marker=marker, linestyle=line, linewidth=2, label=ARMS.get(arm, arm))
     ax.fill_between(cells["step"], cells["low"], cells["high"], color=colour, alpha=.18, linewidth=0)
     for _, one in runs.groupby("seed"):
@@ -361,3 +363,56 @@ def kept_results(out: Path = KEPT,     # folder of `commit_results`
                  ) -> dict:            # name -> (episodes, facts about the run)
     "Runs kept with the package."
     return {path.stem: (read_table(path), read_json(path.with_suffix(".json"))) for path in sorted(Path(out).glob("*.parquet"))}
+
+# %% ../nbs/12_results.ipynb #4f2f2b62
+def story_tables(run: str | Path,    # run folder with gap, proximity and selection
+                 samples: int = 150, # scores of each source, about
+                 ) -> dict:          # name -> table: map (source, group, x, y), scores (source, group, score), shares (source, group, pool, selected)
+    "What a picture of a run's selection needs; `selected` is the mean over the seeds of the proximity arm."
+    run, made_of = Path(run), read_table(Path(run) / "selection" / "composition.parquet")
+    group = read_table(run / "proximity" / "sources.parquet").set_index("source").group
+    points, scores = read_table(run / "gap" / "projection.parquet"), some_scores(run / "proximity" / "scores", samples)
+    shares = made_of[made_of.arm == "proximity"].groupby("source", sort=False)[["pool_share", "share"]].mean().set_axis(["pool", "selected"], axis=1).reset_index()
+    tables = dict(map=points[points.method == points.method.iloc[0]][["source", "x", "y"]], scores=scores[scores.seed == scores.seed.iloc[0]][["source", "score"]], shares=shares)
+    return {name: table.assign(group=table.source.map(group).fillna("robot")).reset_index(drop=True) for name, table in tables.items()}
+
+# %% ../nbs/12_results.ipynb #fea509d1
+def plot_story(tables: dict,  # of `story_tables`
+               ):             # matplotlib Figure
+    "Three panels: the map, a violin of scores for every source, its share of pool and selection."
+    import matplotlib.pyplot as plt, seaborn as sns
+    points, scores, shares = (tables[name] for name in ("map", "scores", "shares"))
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(10, 3.9), layout="constrained", width_ratios=[1.05, 1, .65])
+    for group, part in sorted(points.groupby("group"), key=lambda item: list(GROUP_COLOUR).index(item[0])):
+        name = "robot data" if group == "robot" else f"{group} VLM data"
+        left.scatter(part.x, part.y, s=12 if group == "robot" else 6, marker="^" if group == "robot" else "o", color=GROUP_COLOUR[group], alpha=.7, linewidths=0, label=name)
+    left.set(xticks=[], yticks=[])
+    order, colour = scores.groupby("source").score.mean().sort_values(ascending=False).index, dict(zip(scores.source, scores.group.map(GROUP_COLOUR)))
+    sns.violinplot(scores, x="score", y="source", order=order, hue="source", palette=colour, legend=False, inner=None, cut=0, density_norm="width", width=.9, linewidth=.5, ax=middle)
+    middle.set(xlabel="proximity score", ylabel="")
+    part = shares.set_index("source").loc[order]
+    right.barh(range(len(part)), 100 * part.selected, color=[colour[s] for s in order])
+    right.barh(range(len(part)), 100 * part.pool, fill=False, edgecolor="black", label="of the pool")
+    right.bar(0, 0, color="0.6", label="of the selection")   # for the legend: the bars have the groups' colours
+    right.set(yticks=[], ylim=middle.get_ylim(), xlabel="share, %")
+    for ax, title, columns in (left, "1  Where the data lie (t-SNE)", 3), (middle, "2  How near each sample is", 0), (right, "3  What is kept", 2):
+        ax.set_title(title, fontsize=10, loc="left")
+        if columns: ax.legend(frameon=False, fontsize=8, ncols=columns, loc="upper center", bbox_to_anchor=(.5, -.02 if ax is left else -.16), markerscale=2, handletextpad=.3, columnspacing=.9)
+    sns.despine(fig)
+    sns.despine(ax=left, left=True, bottom=True)
+    return fig
+
+# %% ../nbs/12_results.ipynb #d87eb40a
+def commit_story(run: str | Path,  # run folder
+                 name: str,        # of the run, such as "micro"
+                 out: Path = KEPT, # folder to keep it in
+                 ):
+    "Keep the tables of a run's picture as files of the package."
+    for part, table in story_tables(run).items(): write_table(table, Path(out) / "story" / f"{name}-{part}.parquet")
+
+# %% ../nbs/12_results.ipynb #60dd6f86
+def kept_story(name: str,        # as of `commit_story`
+               out: Path = KEPT, # folder of `commit_story`
+               ) -> dict:        # as from `story_tables`
+    "The tables of a picture that were kept."
+    return {part: read_table(Path(out) / "story" / f"{name}-{part}.parquet") for part in ("map", "scores", "shares")}
