@@ -301,6 +301,7 @@ def test_the_map_in_a_browser(browser, served, table):
     wait(lambda: count(browser) == (int((table.source == "mini-laion").sum()), len(table)))
     wait(lambda: colours(browser) < before)
     assert {url for url in asked_for(browser) if not url.startswith(served)} == set()
+    assert "Content Security Policy" not in " ".join(entry["message"] for entry in browser.get_log("browser")), "the page wanted what its policy forbids"
 
 
 def test_the_gallery_in_a_browser(browser, run, table):
