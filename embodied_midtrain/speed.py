@@ -103,4 +103,4 @@ def speed(
     if log.tokens.sum(): found |= {"tokens_per_second": log.tokens.sum() / total, "padded_tokens_per_second": log.padded.sum() / total, "padding": 1 - log.tokens.sum() / log.padded.sum()}
     if log.operations.sum(): found["flops"] = log.operations.sum() / total
     if peak and "flops" in found: found["utilisation"] = found["flops"] / peak
-    return found
+    return {name: float(value) for name, value in found.items()}
