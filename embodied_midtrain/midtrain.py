@@ -16,7 +16,7 @@ from .backbone import Backbone, answer_loss, answer_nll, load_backbone
 from .core import Stage, _remove, write_table
 from .selection import ARM_COLOUR, fetch_by_id
 from .sources.base import open_sources
-from .train import Prepared, batch_order, batches_needed, train
+from .train import Batches, Prepared, batch_order, batches_needed, train
 
 # %% ../nbs/09a_midtrain.ipynb #5a2fdd48
 def midtrain(
@@ -37,7 +37,7 @@ def midtrain(
     if not len(fitting): raise ValueError(f"none of the {len(samples)} samples has at most {sequence_length} tokens (the shortest has {prepared.lengths.min()}): raise sequence_length")
     order = fitting[batch_order(len(fitting), batch_size, batches_needed(steps, accumulation), seed, prepared.lengths[fitting])]
     loss = lambda model, batch: answer_loss(backbone, batch)
-    log = train(backbone.model, lambda position: prepared.batch(order[position]), loss, steps, lr, accumulation=accumulation, seed=seed, **training)
+    log = train(backbone.model, Batches(prepared, order), loss, steps, lr, accumulation=accumulation, seed=seed, **training)
     backbone.model.eval()
     return log, len(samples) - len(fitting)
 

@@ -7,6 +7,7 @@ __all__ = ['HEADS', 'PROMPT', 'mlp', 'ActionHead', 'SmallHead', 'with_query_slot
            'save_policy', 'load_policy', 'Frames', 'finetune', 'finetune_arm']
 
 # %% ../nbs/10a_policy.ipynb #f88843fe
+from dataclasses import replace
 from pathlib import Path
 from typing import Callable
 
@@ -22,7 +23,7 @@ from .backbone import Backbone, load_backbone
 from .core import Stage, _remove, atomic_path, file_hash, own_files, read_json, seed_for, unknown, write_json, write_table
 from .samples import IMAGE_MARK, ImageRef, Sample, turn
 from .sources.base import open_source
-from .train import Prepared, batch_order, batches_needed, train
+from .train import Batches, Prepared, batch_order, batches_needed, train
 
 # %% ../nbs/10a_policy.ipynb #51285f61
 def mlp(
@@ -191,11 +192,17 @@ class Frames:
         policy: Policy,
         episodes: list,     # of Episode
     ):
-        self.prepared = Prepared(policy.backbone, [policy.sample(image, e.instruction) for e in episodes for image in e.images], answers=False)
+        self.samples = [replace(policy.sample(image, e.instruction), id=f"{e.id}/{t}") for e in episodes for t, image in enumerate(e.images)]
+        self.prepared = Prepared(policy.backbone, self.samples, answers=False)
         pairs = [chunks(policy.normaliser.encode(check_actions(e.actions)), policy.settings["chunk"]) for e in episodes]
         self.target, self.mask = (torch.from_numpy(np.concatenate(part)) for part in zip(*pairs))   # (N, n, 7), (N, n)
 
     def __len__(self): return len(self.target)
+
+    @property
+    def answers(self) -> np.ndarray:
+        "How many actions of each frame's chunk count: fewer at the end of an episode."
+        return self.mask.sum(1).numpy()
 
     def batch(self, which) -> dict:
         "Inputs, targets and mask of some frames."
@@ -219,7 +226,7 @@ def finetune(
     frames = Frames(policy, episodes)
     order = batch_order(len(frames), batch_size, batches_needed(steps, accumulation), seed)
     loss = lambda policy, batch: action_loss(*policy(batch["inputs"]), batch["target"], batch["mask"], gripper_weight)
-    return train(policy, lambda position: frames.batch(order[position]), loss, steps, lr, rates={"head": head_rate, "query": head_rate},
+    return train(policy, Batches(frames, order), loss, steps, lr, rates={"head": head_rate, "query": head_rate},
                  accumulation=accumulation, seed=seed, **training)
 
 # %% ../nbs/10a_policy.ipynb #f98d3814

@@ -160,3 +160,16 @@ def test_killed_arm_equals_an_uninterrupted_one(tmp_path):
     whole, killed = (json.loads((tmp_path / run / "policy/reach/base-0/manifest.json").read_text()) for run in ("whole", "killed"))
     assert whole["files"] == killed["files"] and whole["counts"] == killed["counts"]
     assert {name.split("/")[0] for name in whole["files"]} == {"step-4", f"step-{STEPS}", "log.parquet"}  # and no training state left
+
+
+def test_two_small_batches_equal_one_large():
+    "Chunks end with their episode, so that batches hold different numbers of actions: the mean is over the actions of the step, not over batches."
+    def losses(**how): return finetune(Policy(internvl(), NORMALISER, chunk=3, hidden=32, seed=2), episodes(), steps=3, lr=1e-3, **how).loss
+    whole, parts = losses(batch_size=10), losses(batch_size=5, accumulation=2)
+    np.testing.assert_allclose(parts, whole, rtol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_names_its_frames():
+    policy = Policy(internvl(), NORMALISER, chunk=3, hidden=32, seed=2)
+    with torch.no_grad(): policy.query.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="made/[0-3]/[0-4]"): finetune(policy, episodes(), steps=1, lr=1e-3, batch_size=3)
