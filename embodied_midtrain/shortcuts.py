@@ -266,10 +266,10 @@ def label_text(
     rows = {row.nuisance: row for row in labels.itertuples()}
     probe, together, alone = rows.pop(PROBE), rows.pop(TOGETHER), [row for row in rows.values() if not row.constant]
     def told(row): return f"{row.nuisance} (AUC {row.auc:.2f}, {row.low:.2f} to {row.high:.2f})"
-    def place(row): return "better than" if row.behind_high < 0 else "worse than" if row.behind_low > 0 else "as well as"
+    def place(row): return "as well as" if abs(row.behind) < .005 else "better than" if row.behind_high < 0 else "worse than" if row.behind_low > 0 else "as well as"
     some, none = [row for row in alone if row.low > .5], [row.nuisance for row in alone if row.low <= .5]
     best = f"the best single nuisance does it {place(some[0])} the probe: {told(some[0])}" if some else "no single nuisance does better than a guess"
-    return (f"The probe tells robot from pool with AUC {probe.auc:.2f} ({probe.low:.2f} to {probe.high:.2f}); {best}" + "".join(f", then {told(row)}" for row in some[1:])
+    return (f"The probe tells robot from pool with AUC {probe.auc:.2f} ({probe.low:.2f} to {probe.high:.2f}); {best}" + (f"; after it {', '.join(told(row) for row in some[1:])}" if some[1:] else "")
             + f"; all nuisances together reach {together.auc:.2f}" + f"; no better than a guess: {', '.join(none)}" * bool(some and none)
             + f"; the same everywhere, so no shortcut in this run: {', '.join(row.nuisance for row in rows.values() if row.constant)}" * (len(alone) < len(rows)) + ".")
 

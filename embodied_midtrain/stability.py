@@ -387,7 +387,7 @@ def _each(rows: pd.DataFrame) -> str:
     "Settings with what they keep and how alike they are."
     return ", ".join(f"{_named(row)} keeps {row.overlap:.1%} (Jaccard {row.jaccard:.2f}{', no more than chance' if row.jaccard <= row.chance + .02 else ''})" for row in rows.itertuples())
 
-GRADES = {2: ("MATTERS", "far more is replaced than by another seed"), 1: ("matters little", "a little more is replaced than by another seed"), 0: ("matters no more than the seed", "no more is replaced than by another seed")}
+GRADES = {2: ("MATTERS", "far more is replaced than by another seed"), 1: ("matters little", "more is replaced than by another seed, less than twice as much"), 0: ("matters no more than the seed", "no more is replaced than by another seed")}
 
 def axis_text(
     table: pd.DataFrame,    # from `compare_settings`, all axes
