@@ -15,7 +15,7 @@ import pandas as pd
 
 from .core import read_manifest, read_table
 from .export import read_selection
-from .keep import rank_by, read_perplexity, score_blocks, source_sizes
+from .keep import rank_by, read_perplexity, score_blocks, set_apart, source_sizes
 from .selection import fetch_by_id, sample_text
 from .stability import chance_jaccard
 
@@ -46,8 +46,7 @@ def open_side(
     folder = Path(run) / "selection"
     if not (folder / "manifest.json").exists(): raise FileNotFoundError(f"{run} has no finished selection: check the path, or run the stage: emt run --run {run} --stages selection")
     if seed is None: seed = read_manifest(folder)["parameters"]["seeds"][0]
-    apart = read_table(folder / "held_out.parquet") if (folder / "held_out.parquet").exists() else pd.DataFrame(columns=["id", "source"])
-    return Side(Path(run), arm, seed, read_selection(run, arm, seed), apart)
+    return Side(Path(run), arm, seed, read_selection(run, arm, seed), set_apart(run))
 
 # %% ../nbs/08i_compare.ipynb #ab6003c2
 def id_hashes(ids) -> np.ndarray:  # (N,) uint64

@@ -19,6 +19,7 @@ import pyarrow as pa
 from .core import Stage, atomic_path, generator, input_hash, progress, read_manifest, read_table, unknown, write_table
 from .export import draw
 from .gap import METHODS, project
+from .keep import set_apart
 from .samples import IMAGE_MARK, BadSample, ImageRef, Sample
 from .selection import gallery_rows
 from .sources.base import open_sources
@@ -37,9 +38,9 @@ def fair_counts(
 # %% ../nbs/08e_explore.ipynb #8f410fa4
 def _read_scores(run: Path, seed: int) -> tuple:
     "The scores of the pool, of the robot data, and the ids that no arm may keep."
-    columns, apart = ["id", "source", "seed", "score", "logit"], run / "selection" / "held_out.parquet"
+    columns = ["id", "source", "seed", "score", "logit"]
     pool, robots = (read_table(run / "proximity" / name, columns) for name in ("scores", "robots.parquet"))
-    return pool[pool.seed == seed], robots[robots.seed == seed], set(read_table(apart).id) if apart.exists() else set()
+    return pool[pool.seed == seed], robots[robots.seed == seed], set(set_apart(run).id)
 
 def _chosen_by(run: Path, seed: int, ids: pd.Series) -> list:
     "For each id the arms that keep it, such as 'proximity + random', or 'no'."
@@ -256,7 +257,7 @@ def explore(
         x = features_of(run / "features", rows.id)
         table = explored_table(rows, shown, project(x, projection, seed), neighbours(x, rows.id))
         write_table(table, stage.file("samples.parquet"))
-        with atomic_path(stage.file("gallery.html")) as path: path.write_text(gallery_page(table.to_pandas(), run.name, per_source), encoding="utf-8")
+        with atomic_path(stage.file("gallery.html")) as path: path.write_text(gallery_page(table.to_pandas(), run.resolve().name, per_source), encoding="utf-8")
         stage.count(samples=table.num_rows, pictures=table.num_rows - table["image"].null_count, gallery_kb=stage.file("gallery.html").stat().st_size // 1000)
     return stage
 
@@ -317,10 +318,12 @@ def guarded(
 ):                      # ASGI application
     "The same application, for its own page alone, and with headers that keep that page to itself."
     async def guard(scope, receive, send):
+        if scope["type"] == "websocket": return await send({"type": "websocket.close"})  # the page opens none
         if scope["type"] != "http": return await app(scope, receive, send)
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         host = headers.get("host", "")
-        if (hosts and host.rsplit(":", 1)[0] not in hosts) or headers.get("origin", f"http://{host}") != f"http://{host}":
+        elsewhere = headers.get("origin", f"http://{host}") != f"http://{host}" or headers.get("sec-fetch-site", "none") not in ("none", "same-origin")  # an image's address comes without origin
+        if (hosts and host.rsplit(":", 1)[0] not in hosts) or elsewhere:
             await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
             return await send({"type": "http.response.body", "body": b"refused: asked by another page, or under another name"})
         async def answer(message): await send(message | {"headers": [*message["headers"], *HEADERS]} if message["type"] == "http.response.start" else message)

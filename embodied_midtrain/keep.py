@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RANKED_BY', 'PERPLEXITIES', 'ARMS', 'score_blocks', 'source_sizes', 'Best', 'numbers', 'top_k', 'hold_out',
-           'read_ids', 'gumbel', 'rank_by', 'read_perplexity', 'quota_counts', 'Candidates', 'hyperplanes', 'AllPairs',
-           'Hashed', 'Distinct', 'keep_distinct', 'features_of', 'pool_centre', 'Chosen', 'candidates', 'choose',
-           'select', 'check_room']
+           'read_ids', 'rows_of', 'set_apart', 'gumbel', 'rank_by', 'read_perplexity', 'quota_counts', 'Candidates',
+           'hyperplanes', 'AllPairs', 'Hashed', 'Distinct', 'keep_distinct', 'features_of', 'pool_centre', 'Chosen',
+           'candidates', 'choose', 'select', 'check_room']
 
 # %% ../nbs/07b_keep.ipynb #af1e879a
 import math
@@ -20,7 +20,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .core import generator, unknown
+from .core import generator, read_table, unknown
 from .proximity import feature_blocks, random_score
 
 # %% ../nbs/07b_keep.ipynb #96c5b1a0
@@ -179,6 +179,24 @@ def read_ids(
     if not files or not files[0].is_file(): raise FileNotFoundError(f"no Parquet file with samples to exclude at {path}: give its path in full, or leave `exclude` empty")
     if wrong := [f for f in files if "id" not in pq.read_schema(f).names]: raise ValueError(f"{wrong[0]} has no column id, so it excludes nothing; it has: {', '.join(pq.read_schema(wrong[0]).names)}")
     return pc.unique(pa.chunked_array([pc.cast(pq.read_table(f, columns=["id"])["id"].combine_chunks(), pa.large_string()) for f in files]))
+
+# %% ../nbs/07b_keep.ipynb #f00dc142
+def rows_of(
+    scores,             # see `score_blocks`
+    ids: pa.Array,      # of samples
+    seed: int = None,   # look at the rows of this seed
+) -> pd.DataFrame:      # id, source
+    "Those of some samples that the pool has, in its order."
+    found = (table.filter(pc.is_in(table["id"], pc.cast(ids, table["id"].type))).to_pandas() for table in score_blocks(scores, ["id", "source"], seed))
+    return pd.concat([pd.DataFrame(columns=["id", "source"]), *(table for table in found if len(table))], ignore_index=True)
+
+# %% ../nbs/07b_keep.ipynb #e9faeefe
+def set_apart(
+    run: str | Path,    # run folder
+) -> pd.DataFrame:      # id, source
+    "What no arm of a run's selection could keep: held out, or excluded."
+    files = [path for name in ("held_out", "excluded") if (path := Path(run) / "selection" / f"{name}.parquet").exists()]
+    return pd.concat([pd.DataFrame(columns=["id", "source"]), *map(read_table, files)], ignore_index=True).drop_duplicates("id")
 
 # %% ../nbs/07b_keep.ipynb #87c20630
 def gumbel(
@@ -378,6 +396,11 @@ class Distinct:
         if not 0 < self.similarity <= 1: raise ValueError(f"near-duplicates have a similarity above 0 and up to 1, not {self.similarity}")
         if not 0 < self.recall <= 1: raise ValueError(f"the recall of near-duplicates is above 0 and at most 1, not {self.recall}")
 
+    @property
+    def threshold(self) -> float:
+        "The similarity, less what float32 may lose: a copy counts as one at a similarity of 1."
+        return self.similarity - 1e-6
+
     def finder(self, unit: Callable, k: int, dims: int):  # AllPairs or Hashed
         "How to find the nearest kept row."
         if self.recall == 1: return AllPairs(unit, np.empty(k, int))
@@ -401,13 +424,13 @@ def keep_distinct(
     for start in range(0, len(x), block):
         rows = np.arange(start, min(start + block, len(x)))
         u, new = unit(rows), []
-        similar, like = finder.nearest(u, distinct.similarity)
+        similar, like = finder.nearest(u, distinct.threshold)
         own = u @ u.T
         for i, row in enumerate(rows):
             if len(kept) == k: return kept, alike, int(row)
             if room.get(source := sources[row], 1) < 1: continue
             if new and (value := own[i, new].max()) > similar[i]: similar[i], like[i] = value, rows[new[own[i, new].argmax()]]
-            if similar[i] >= distinct.similarity: alike.append((int(row), int(like[i]), float(similar[i]))); continue
+            if similar[i] >= distinct.threshold: alike.append((int(row), int(like[i]), float(similar[i]))); continue
             kept.append(int(row)), new.append(i)
             if source in room: room[source] -= 1
         finder.add(rows[new], u[new])

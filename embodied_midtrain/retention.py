@@ -507,8 +507,7 @@ def retention_text(
         parts = []
         for row in differences[(differences.benchmark == name) & (differences.task == "all")].itertuples():
             what = "better" if row.low > 0 else "worse" if row.high < 0 else "no difference that the questions can tell"
-            p = "p < 0.001" if row.mcnemar_p < .001 else f"p = {row.mcnemar_p:.3f}"
-            parts.append(f"{row.checkpoint} {100 * heads[name, row.checkpoint]:.1f} % ({100 * row.difference:+.1f} points, {100 * row.low:+.1f} to {100 * row.high:+.1f}, {p}): {what}")
+            parts.append(f"{row.checkpoint} {100 * heads[name, row.checkpoint]:.1f} % ({100 * row.difference:+.1f} points, {100 * row.low:+.1f} to {100 * row.high:+.1f}): {what}")  # no p: variants of one question are not independent
         first = f"{start} answers {100 * heads[name, start]:.1f} % right" if (name, start) in heads else "no checkpoint to compare with"
         lines.append(f"{name}: {'; '.join([first, *parts])}.")
     return lines

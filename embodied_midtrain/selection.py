@@ -217,6 +217,7 @@ def gallery_rows(
     never=None,         # ids to leave out
 ) -> pd.DataFrame:      # place, id, source, score, rank
     "Which samples to show: the n highest, the n around rank k, the n lowest. In one pass, in the memory of a selection."
+    if n < 1: return pd.DataFrame(columns=["id", "source", "score", "rank", "place"])
     top, end, size = Best(k + n), Best(n, lowest=True), 0
     for table in score_blocks(scores, ["id", "source", "score", "logit"], seed, never):
         size += len(table)

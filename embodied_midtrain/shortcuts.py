@@ -514,6 +514,7 @@ def repeat_text(
 ) -> str:
     "Whether the backbone gives the logits that the run has stored, up to a twentieth of their spread."
     apart = (stored[again.index] - again).abs()
-    changed = int((apart > .05 * stored.std()).sum())
+    spread = stored.std() if len(stored) > 1 else 0
+    changed = int((~(apart <= max(.05 * spread, 1e-3))).sum())   # a logit that is no number has changed
     if not changed: return f"The {len(again)} samples that were left as they are get the logits that the run has stored (largest difference {apart.max():.4f})."
     return f"WARNING: {changed} of {len(again)} samples that were left as they are get other logits than the run has stored (largest difference {apart.max():.2f}): sources, backbone or prompt have changed since."

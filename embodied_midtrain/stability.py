@@ -28,6 +28,7 @@ def chance_jaccard(
 ) -> float:
     "The Jaccard index that two random selections have on average, up to the second order of its spread."
     a, b, n = (np.atleast_1d(np.asarray(v, float)) for v in (a, b, n))
+    a, b, n = a[n > 0], b[n > 0], n[n > 0]   # of a source that is excluded as a whole there is nothing to share
     shared, total = (a * b / n).sum(), (a + b).sum()
     spread = (a * b * (n - a) * (n - b) / (n**2 * np.maximum(n - 1, 1))).sum()  # variance of the overlap
     return float(shared / (total - shared) + total / (total - shared)**3 * spread)

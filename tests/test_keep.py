@@ -304,3 +304,12 @@ def test_perplexity_stage_must_have_been_run(tmp_path, scores):
         for n in range(2): write_table(pd.DataFrame(dict(id=[f"a/{n}"], tokens=3, vla_perplexity=-1.5, delta_perplexity=0.1)), stage.file(f"scores/part-00-{n:05}.parquet"))
     assert read_perplexity(tmp_path, ["vla_perplexity"]).to_dict("list") == {"id": ["a/0", "a/1"], "vla_perplexity": [-1.5, -1.5]}
     with pytest.raises(ValueError, match="perplexity stage"): select(scores, 5, ["vla_perplexity"], [0])
+
+
+def test_exact_copies_are_near_duplicates_at_a_similarity_of_one():
+    "Rounding must not hide a copy."
+    x = generator(0, "copies").normal(size=(250, 64)).astype(np.float32)
+    both = np.concatenate([x, x])
+    for recall in 1.0, .95:
+        kept, alike, _ = keep_distinct(both, ["s"] * 500, 500, Distinct(None, np.zeros(64, np.float32), 1.0, recall))
+        assert len(kept) == len(alike) == 250, recall

@@ -11,6 +11,7 @@ import csv, re
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import Iterator
 
 from ..archives import find_image, open_roots
@@ -195,12 +196,15 @@ class VisuLogicSource(Benchmark):
         return [self.question(record.key, [image], text_of(row.get("question"), "question"), label, question_id=record.key, task=tag, group=record.key, choices={letter: "" for letter in "ABCD"})]
 
 # %% ../../nbs/02h_sources_benchmarks.ipynb #bfab9b3e
+_one_at_a_time = Lock()  # the limit is the whole process's, and pictures are opened in threads
+
 def _tsv_row(line: bytes) -> list[str]:
     "The fields of one row. Raises BadSample for one that is not UTF-8."
-    limit = csv.field_size_limit(2**31 - 1)  # a picture is longer than csv's own limit of 128 KB
-    try: return next(csv.reader([line.decode("utf-8")], delimiter="\t"), [])
-    except (UnicodeDecodeError, csv.Error) as error: raise BadSample(f"not a row of a table: {error}") from None
-    finally: csv.field_size_limit(limit)
+    with _one_at_a_time:
+        limit = csv.field_size_limit(2**31 - 1)  # a picture is longer than csv's own limit of 128 KB
+        try: return next(csv.reader([line.decode("utf-8")], delimiter="\t"), [])
+        except (UnicodeDecodeError, csv.Error) as error: raise BadSample(f"not a row of a table: {error}") from None
+        finally: csv.field_size_limit(limit)
 
 def _tsv_lines(path: Path, start: int = 0) -> Iterator[tuple[int, bytes]]:  # (byte where it begins, line)
     "The rows of a table from a byte on, still as bytes; a quoted field may hold line breaks."
