@@ -130,7 +130,8 @@ def compare_runs(
 ):
     "Show what two selections share and where they differ."
     from embodied_midtrain.compare import compare
-    for part in compare(run_a, run_b, arm_a, arm_b, seed_a, seed_b, samples): typer.echo(f"{part if isinstance(part, str) else markdown_table(part.to_dict('records'))}\n")
+    for part in compare(run_a, run_b, arm_a, arm_b, seed_a, seed_b, samples):
+        if len(part): typer.echo(f"{part if isinstance(part, str) else markdown_table(part.to_dict('records'))}\n")
 
 # %% ../nbs/13a_cli.ipynb #d9bbf81d
 sources = typer.Typer(help="Readers of published data formats: which there are, and which one fits a folder.", no_args_is_help=True, rich_markup_mode=None)

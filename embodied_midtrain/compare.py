@@ -148,12 +148,12 @@ def sample_texts(
     run: Path,          # run folder; its features tell where the pool is
     rows: pd.DataFrame, # id, source
 ) -> list:              # a line each; empty where the pool cannot be opened any more
-    "Questions and answers of some samples in a line."
+    "Questions and answers of some samples in a line, as a cell of a table takes them."
     from embodied_midtrain.sources.base import open_sources
     specs = read_manifest(run / "features")["parameters"]["pool"]
     try: samples = fetch_by_id(rows, open_sources(specs))
     except (OSError, ValueError, KeyError): return [""] * len(rows)  # the files have moved; the comparison stands without them
-    return [sample_text(samples[id], width=56, lines=1).replace("\n", " ") if id in samples else "" for id in rows.id]
+    return [sample_text(samples[id], width=56, lines=1).replace("\n", " ").replace("|", "\\|") if id in samples else "" for id in rows.id]
 
 # %% ../nbs/08i_compare.ipynb #edbea6e2
 def compare(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['THUMBNAIL', 'LETTERS', 'SCHEMA', 'STYLE', 'SCRIPT', 'INSTALL', 'COLUMNS', 'LOOPBACK', 'POLICY', 'HEADERS',
-           'fair_counts', 'explored_rows', 'card_text', 'thumbnail', 'cards', 'features_of', 'neighbours',
-           'explored_table', 'gallery_card', 'gallery_sections', 'gallery_page', 'explore', 'first_view',
-           'explore_widget', 'guarded', 'explorer_app', 'serve']
+           'fair_counts', 'explored_rows', 'card_text', 'thumbnail', 'cards', 'neighbours', 'explored_table',
+           'gallery_card', 'gallery_sections', 'gallery_page', 'explore', 'first_view', 'explore_widget', 'guarded',
+           'explorer_app', 'serve']
 
 # %% ../nbs/08e_explore.ipynb #fa76bd94
 import base64, hashlib, html, io, socket, webbrowser
@@ -19,7 +19,7 @@ import pyarrow as pa
 from .core import Stage, atomic_path, generator, input_hash, progress, read_manifest, read_table, unknown, write_table
 from .export import draw
 from .gap import METHODS, project
-from .keep import set_apart
+from .keep import features_of, set_apart
 from .samples import IMAGE_MARK, BadSample, ImageRef, Sample
 from .selection import gallery_rows
 from .sources.base import open_sources
@@ -111,22 +111,6 @@ def cards(
             made.append((sample.id, text, picture))
             tick(1)
     return pd.DataFrame(made, columns=["id", "text", "image"])
-
-# %% ../nbs/08e_explore.ipynb #f99e184b
-def features_of(
-    folder: str | Path,     # features stage folder
-    ids: pd.Series,         # samples, each once
-) -> np.ndarray:            # (N, D) float32, in their order
-    "The features of some samples. Raises ValueError when one has none."
-    import pyarrow.parquet as pq
-    found, index = [], pd.Index(ids)
-    for part in sorted(Path(folder).glob("part-*.parquet")):
-        at = index.get_indexer(pq.read_table(part, columns=["id"])["id"].to_pandas())
-        if (at >= 0).any(): found.append((at[at >= 0], np.stack(pq.read_table(part, columns=["feature"])["feature"].take(np.flatnonzero(at >= 0)).to_pandas())))
-    if sum(len(at) for at, _ in found) != len(ids): raise ValueError(f"{folder} lacks the features of {len(ids) - sum(len(at) for at, _ in found):,} samples: it belongs to another pool; run the features stage again")
-    x = np.empty((len(ids), found[0][1].shape[1]), np.float32)
-    for at, part in found: x[at] = part
-    return x
 
 # %% ../nbs/08e_explore.ipynb #b6090daf
 def neighbours(
@@ -254,7 +238,7 @@ def explore(
     with stage:
         settings, rows = read_manifest(run / "features")["parameters"], explored_rows(run, samples, ends, seed)
         with progress(total=len(rows), desc="explore") as bar: shown = cards(rows, open_sources([*settings["pool"], *settings["robots"]]), bar.update)
-        x = features_of(run / "features", rows.id)
+        x = features_of(run / "features", rows.id).astype(np.float32)
         table = explored_table(rows, shown, project(x, projection, seed), neighbours(x, rows.id))
         write_table(table, stage.file("samples.parquet"))
         with atomic_path(stage.file("gallery.html")) as path: path.write_text(gallery_page(table.to_pandas(), run.resolve().name, per_source), encoding="utf-8")

@@ -101,9 +101,9 @@ def make_optimizers(
     muon, groups, seen = [], {}, set()
     hidden = hidden_matrices(model) if optimizer == "muon" else set()
     for name, p in model.named_parameters():
-        if not p.requires_grad: continue
-        part = next((k for k in rates or {} if name.startswith(k)), None)
+        part = next((k for k in rates or {} if f"{name}.".startswith(f"{k}.")), None)
         seen.add(part)
+        if not p.requires_grad: continue
         if part is None and name in hidden: muon.append(p); continue
         factor = rates[part] if part else ADAMW_SHARE if hidden else 1.0
         groups.setdefault((lr * factor, weight_decay if p.ndim > 1 else 0.0), []).append(p)

@@ -153,7 +153,11 @@ def drawn_features(
             here, place = np.flatnonzero(mask), places[name] - passed[name]
             rows[name, 0] = _filled(rows[name, 0], np.where((place >= 0) & (place < len(here)), place, -1), block.x[here])
             passed[name] += len(here)
-        for key, wanted in ids.items(): rows[key] = _filled(rows[key], pd.Index(block.ids).get_indexer(wanted), block.x)
+        for key, wanted in ids.items():
+            place = pd.Index(block.ids).get_indexer(wanted)
+            rows[key] = _filled(rows[key], place, block.x)
+            passed[key] += (place >= 0).sum()
+    if lacking := [key for key, wanted in ids.items() if passed[key] < len(wanted)]: raise ValueError(f"{lacking[0][0]}, seed {lacking[0][1]}: some samples have no features in {folder}: were they scored in another run?")
     return rows
 
 def _members(kinds, sources, groups: dict) -> dict:

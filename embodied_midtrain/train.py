@@ -111,6 +111,7 @@ def step_weights(
 ) -> list:                  # factors on the losses, of mean 1
     "How much each batch of a step counts; all the same where the batches have no weight."
     weights = [batch.weight(p) for p in positions] if hasattr(batch, "weight") else [1] * len(positions)
+    if not sum(weights): raise ValueError(f"nothing in this step has an answer to learn from{_of(batch, positions)}")
     return [w * len(weights) / sum(weights) for w in weights]
 
 # %% ../nbs/09_train.ipynb #b7f104de

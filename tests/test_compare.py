@@ -123,3 +123,19 @@ def test_the_command(runs, capsys):
     assert "both keep" in said and "| mini-laion " in said and said.count("Q: ") == 4 and "rank correlation" in said
     assert main(["compare", str(run_a), str(run_b), "--arm-b", "random"]) == 0
     assert main(["compare", str(run_a), "nowhere"]) == 2 and "no finished selection" in capsys.readouterr().err
+
+
+def test_what_both_excluded_could_not_be_shared_by_chance(tmp_path):
+    "Excluded samples are not there to choose from; of a source that is excluded as a whole nothing is."
+    gone = pd.DataFrame([dict(id=f"{source}/{i}", source=source) for source, n in (("mini-refspatial", 50), ("mini-laion", 200)) for i in range(n)])
+    sides = []
+    for name in "ab":
+        run, _ = a_run(tmp_path / name, noise=0.5)
+        kept = pd.read_parquet(run / "selection" / "selection.parquet")
+        write_table(kept[~kept.id.isin(gone.id)], run / "selection" / "selection.parquet")
+        write_table(gone, run / "selection" / "excluded.parquet")
+        sides.append(open_side(run))
+    table = shared_table(*sides, check_pools(*sides)).set_index("source")
+    held_out = pd.read_parquet(tmp_path / "a" / "selection" / "held_out.parquet")
+    left = {source: n - len({*gone.id[gone.source == source], *held_out.id[held_out.source == source]}) for source, n in SIZES.items()}
+    assert table.free.to_dict() == left and left["mini-refspatial"] == 0 and np.isfinite(jaccard(table.reset_index())["chance_in_sources"])

@@ -10,7 +10,8 @@ import pytest
 
 from embodied_midtrain.cli import main
 from embodied_midtrain.core import Stage, read_table, write_table
-from embodied_midtrain.explore import INSTALL, LETTERS, SCRIPT, THUMBNAIL, card_text, explore, explore_widget, explored_rows, fair_counts, features_of, gallery_page, neighbours, serve, thumbnail
+from embodied_midtrain.explore import INSTALL, LETTERS, SCRIPT, THUMBNAIL, card_text, explore, explore_widget, explored_rows, fair_counts, gallery_page, neighbours, serve, thumbnail
+from embodied_midtrain.keep import features_of
 from embodied_midtrain.samples import ImageRef, Sample, turn
 from embodied_midtrain.selection import hold_out, select
 from embodied_midtrain.sources.base import open_sources, sources_hash

@@ -11,16 +11,6 @@ from embodied_midtrain.selection import (ARM_COLOUR, composition, composition_te
 from embodied_midtrain.vectors import feature_table, read_features
 
 
-@pytest.fixture(scope="module")
-def scores():
-    "Scores with many ties, for two seeds."
-    rng = generator(0, "scores")
-    source = rng.choice(["a", "b", "c"], 500, p=[0.7, 0.25, 0.05])
-    tables = [pd.DataFrame(dict(id=[f"{s}/{i}" for i, s in enumerate(source)], source=source, seed=seed, score=(rounded := rng.integers(0, 20, 500) / 20),
-                                logit=rounded * 4 - 2, distance=-rng.random(500), random=rng.random(500))) for seed in (0, 1)]
-    return pd.concat(tables, ignore_index=True)
-
-
 def test_composition(scores):
     selected, pool = select(scores, 60, ["proximity", "random"], [0]), scores[scores.seed == 0]
     made_of = composition(selected, source_sizes(pool))
@@ -81,6 +71,7 @@ def test_features_are_drawn_as_from_the_whole_table(tmp_path):
         assert drawn.keys() == wanted.keys()
         for (name, s), x in drawn.items(): assert (x == wanted[name, s][generator(3, "diversity", name, s).permutation(len(wanted[name, s]))[:samples]]).all()
     assert ("general", 0) not in drawn_features(tmp_path, {}, selected, 90)
+    with pytest.raises(ValueError, match="proximity, seed 1: some samples have no features"): drawn_features(tmp_path, groups, selected.assign(id="elsewhere/" + selected.id), 90)
 
 
 def test_figures_of_all_arms(scores, tmp_path):

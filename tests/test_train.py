@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from embodied_midtrain.batches import Batches, Prepared, ahead, batch_order, pad
 from embodied_midtrain.optimizers import Muon, frozen, hidden_matrices, make_optimizers, rate
 from embodied_midtrain.samples import ImageRef, Sample, turn
 from embodied_midtrain.speed import matmul_rate, operations, speed
-from embodied_midtrain.train import TIMES, train
+from embodied_midtrain.train import TIMES, step_weights, train
 
 torch.set_num_threads(1)  # sums are split by threads: a killed process and its successor need the same number to agree to the last bit
 STEPS = 30
@@ -82,9 +83,11 @@ def test_killed_at_random_moments_equals_uninterrupted(tmp_path):
     whole, log = fit()
     moments, killed = random.Random(0), 0
     while killed < 12:
-        child = forked(lambda: fit(0.003, state=tmp_path, save_every=2))
-        time.sleep(moments.uniform(0.05, 0.5))
-        os.kill(child, signal.SIGKILL)
+        after, armed = moments.uniform(0, 0.1), []
+        def bomb(step, model):
+            if not armed: armed.append(threading.Timer(after, os.kill, (os.getpid(), signal.SIGKILL)).start())
+            time.sleep(0.02)     # so no child comes further than about five steps, on however fast a machine
+        child = forked(lambda: fit(state=tmp_path, save_every=2, on_step=bomb))
         if os.waitpid(child, 0)[1] == 0: break   # it was done before
         killed += 1
     resumed, log2 = fit(state=tmp_path, save_every=2)
@@ -400,3 +403,16 @@ def test_prepared_equals_direct(answers):
     samples.append(Sample("a/b", "a", "vlm", (), (turn("user", "what is needed to cut"), turn("assistant", "a knife"))))  # no image
     prepared, direct = Prepared(tiny, samples, answers).batch([3, 20, 32, 4]), tiny.batch([samples[i] for i in (3, 20, 32, 4)], answers)
     assert prepared.keys() == direct.keys() and all(torch.equal(v, direct[k]) for k, v in prepared.items())
+
+
+def test_a_part_is_a_part_and_not_a_beginning():
+    "The rate of `head` is not that of `header`; a frozen part may have a rate; a step without anything to learn says so."
+    model = nn.ModuleDict(dict(head=nn.Linear(2, 2), header=nn.Linear(2, 2)))
+    rate = {id(p): group["lr"] for optimizer in make_optimizers(model, "adamw", 1.0, rates={"head": .1}) for group in optimizer.param_groups for p in group["params"]}
+    assert rate[id(model["head"].weight)] == .1 and rate[id(model["header"].weight)] == 1.0
+    model["head"].requires_grad_(False)
+    assert make_optimizers(model, "adamw", 1.0, rates={"head": .1})
+    class Empty:
+        def weight(self, position): return 0
+        def ids(self, position): return [f"chats/{position}"]
+    with pytest.raises(ValueError, match="answer to learn from, samples chats/0, chats/1"): step_weights(Empty(), range(2))
