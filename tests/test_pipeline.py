@@ -81,6 +81,7 @@ def go(**options):
     (["--set", "features.backbone=./models/lost"], "features.backbone: ./models/lost does not exist"),
     (["--set", "features.backbone=/lost/model"], "features.backbone: /lost/model does not exist"),
     (["--set", "features.pool=[{reader: llava, path: lost.json}]"], r"features.pool\[0\].path: lost.json does not exist"),
+    (["--set", "features.pool=[{reader: llava, exclude: lost.parquet}]"], r"features.pool\[0\].exclude: lost.parquet does not exist"),
 ])
 def test_mistakes_are_told_before_anything_runs(house, capsys, words, told):
     if "--profile" not in words: words = ["--profile", "toy.yaml", *words]

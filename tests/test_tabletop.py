@@ -55,6 +55,12 @@ def test_sources_repeat_themselves_and_find_records_again(name):
     assert (again[0].images[0].array == samples[299].images[0].array).all()
 
 
+def test_an_id_beyond_the_count_is_not_there():
+    source = TabletopSource("mini-vcr", 10)
+    assert source.fetch(["mini-vcr/9"])[0].id == "mini-vcr/9"
+    with pytest.raises(KeyError): source.fetch(["mini-vcr/10"])   # of the same block that drew the tenth
+
+
 def test_captions_dominate_and_robots_speak_other_words():
     sources = {s.name: s for s in open_sources(tabletop_pool(2000))}
     assert sum(len(sources[n]) for n in GENERAL) > 2 * sum(len(sources[n]) for n in EMBODIED)

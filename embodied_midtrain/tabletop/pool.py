@@ -237,12 +237,12 @@ class TabletopSource(_InBlocks, Source):
         return [Sample(f"{self.name}/{record.key}", self.name, self.kind, (ImageRef(array=image.copy()),), tuple(messages))]   # a copy: the block it was drawn in can go
 
     def fetch(self, ids):
-        "Make chosen records again, each block once."
+        "Make chosen records again, each block once. Raises KeyError for an id that is not there."
         blocks, found = {}, {}
         for i in ids: blocks.setdefault(int(i.rsplit("/", 1)[1]) // BLOCK, set()).add(i)
         for number, wanted in blocks.items():
             samples = (sample for record in self._block(number) for sample in self.parse(record))
-            found |= {sample.id: sample for sample in samples if sample.id in wanted}
+            found |= {sample.id: sample for sample in samples if sample.id in wanted and int(sample.id.rsplit("/", 1)[1]) < self.count}
         return [found[i] for i in ids]
 
 # %% ../../nbs/03b_tabletop_pool.ipynb #0960c2d3
