@@ -17,6 +17,7 @@ from .core import generator, read_json, stable_hash, unknown, write_json
 LIMITS = {
     "q01q99": lambda arm: np.quantile(arm, [0.01, 0.99], axis=0),
     "minmax": lambda arm: np.stack([arm.min(0), arm.max(0)]),
+    "calvin": lambda arm: np.stack([np.full(6, -0.65), np.full(6, 0.65)]),
     "identity": lambda arm: np.stack([-np.ones(6), np.ones(6)]),
 }
 
@@ -51,6 +52,11 @@ class ActionNormaliser:
         "[-1, 1] to real units (..., 7)."
         middle, half = self._middle_half
         return _join(actions[..., :6].astype(np.float64) * half + middle, actions)
+
+    def narrowed(self, share: float):
+        "The normaliser with a share of these limits, around the same middle: what it amounts to when scaled actions are clipped to +-share and scaled once more."
+        middle, half = self._middle_half
+        return self if share == 1 else ActionNormaliser(tuple((middle - share * half).tolist()), tuple((middle + share * half).tolist()))
 
     @property
     def _middle_half(self):

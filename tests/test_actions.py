@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings, strategies as st
 
 from embodied_midtrain.actions import LIMITS, ActionNormaliser, action_statistics, chunks, statistics_of
 from embodied_midtrain.core import generator
@@ -53,6 +54,102 @@ def test_chunks(n):
     for t in range(6):
         for k in range(n):
             assert mask[t, k] == (t + k < 6) and (chunk[t, k] == actions[min(t + k, 5)]).all()
+
+
+# ---- the normaliser as a property: for any limits and any actions
+
+NUMBERS = st.floats(-1e4, 1e4, width=32).filter(lambda x: x == 0 or abs(x) > 1e-20)   # beyond that a float32 itself grows coarse
+SIX = st.lists(NUMBERS, min_size=6, max_size=6)
+
+
+@st.composite
+def normalisers(draw):
+    "Any limits in their order, some of them of numbers that never change."
+    ends = zip(draw(SIX), draw(st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1e4)), min_size=6, max_size=6)))
+    low, high = zip(*((low, low + span) for low, span in ends))
+    return ActionNormaliser(low, high)
+
+
+def actions_like(normaliser, numbers, gripper):
+    "Actions between the limits where a number is between 0 and 1, and beyond them elsewhere."
+    low, high = np.array(normaliser.low), np.array(normaliser.high)
+    return np.append(low + (high - low) * np.array(numbers), gripper).astype(np.float32)[None]
+
+
+def scale(normaliser):
+    "Range or end of it, whichever is the largest: what a float32's rounding is relative to."
+    low, high = np.array(normaliser.low), np.array(normaliser.high)
+    return np.max([high - low, np.abs(low), np.abs(high)], 0)
+
+
+@settings(deadline=None, max_examples=300)
+@given(normalisers(), st.lists(st.floats(0, 1), min_size=6, max_size=6), st.integers(0, 1))
+def test_decoding_undoes_encoding(normaliser, numbers, gripper):
+    "Inside the limits, to 1e-7 of range or limits: below the 1e-6 that is asked for. (float32 in and out, computed in float64.)"
+    actions = actions_like(normaliser, numbers, gripper)
+    encoded = normaliser.encode(actions)
+    back = normaliser.decode(encoded)
+    assert encoded.dtype == back.dtype == np.float32 and np.abs(encoded[:, :6]).max() <= 1 and back[0, 6] == gripper
+    assert (np.abs(back[:, :6].astype(float) - np.clip(actions[:, :6].astype(float), normaliser.low, normaliser.high)) <= 1e-7 * scale(normaliser)).all()
+
+
+@settings(deadline=None, max_examples=300)
+@given(normalisers(), st.lists(st.floats(-5, 6), min_size=6, max_size=6))
+def test_what_lies_outside_comes_back_as_the_limit(normaliser, numbers):
+    actions = actions_like(normaliser, numbers, 1)
+    low, high = np.array(normaliser.low), np.array(normaliser.high)
+    encoded = normaliser.encode(actions)
+    back, arm = normaliser.decode(encoded)[:, :6].astype(float), actions[:, :6].astype(float)
+    assert (np.abs(encoded[:, :6]) <= 1).all() and (encoded[:, :6][(arm < low) & (high > low)] == -1).all() and (encoded[:, :6][(arm > high) & (high > low)] == 1).all()
+    assert (np.abs(back - np.clip(arm, low, high)) <= 1e-7 * scale(normaliser)).all()
+
+
+@settings(deadline=None, max_examples=200)
+@given(SIX, st.lists(NUMBERS, min_size=6, max_size=6))
+def test_numbers_that_never_change_are_safe(values, asked):
+    "They are encoded as 0 whatever comes in, and decoded as themselves whatever a network says: nothing is divided by zero."
+    fitted = ActionNormaliser.fit(np.append(values, 1)[None].repeat(5, 0))
+    with np.errstate(all="raise"):
+        encoded = fitted.encode(np.append(asked, 0)[None].astype(np.float32))
+        decoded = fitted.decode(np.append(np.clip(asked, -1, 1), 0)[None].astype(np.float32))
+    assert (encoded[:, :6] == 0).all() and (decoded[:, :6] == np.array(values, np.float32)).all()
+
+
+@settings(deadline=None, max_examples=200)
+@given(normalisers(), st.integers(0, 11), st.floats(1e-3, 1), NUMBERS)
+def test_saved_is_loaded_exactly_and_the_hash_tells_any_change(tmp_path_factory, normaliser, which, much, number):
+    file = tmp_path_factory.mktemp("normaliser") / "n.json"
+    normaliser.save(file)
+    loaded = ActionNormaliser.load(file)
+    assert loaded == normaliser and loaded.hash == normaliser.hash
+    ends = [*normaliser.low, *normaliser.high]
+    for other in (np.nextafter(ends[which], np.inf), np.nextafter(ends[which], -np.inf), number, -ends[which]):
+        changed = [*ends[:which], float(other), *ends[which + 1:]]
+        if changed != ends: assert ActionNormaliser(tuple(changed[:6]), tuple(changed[6:])).hash != normaliser.hash
+
+
+@settings(deadline=None, max_examples=200)
+@given(normalisers(), st.lists(st.floats(-0.5, 1.5), min_size=6, max_size=6), st.floats(0.05, 1))
+def test_scaled_twice_is_narrower_limits(normaliser, numbers, share):
+    "What VLM4VLA does to Bridge and LIBERO in two steps, both ways."
+    actions, narrow = actions_like(normaliser, numbers, 1), normaliser.narrowed(share)
+    middle, half = normaliser._middle_half
+    once = np.clip((actions[:, :6] - middle) / np.where(half > 0, half, np.inf), -1, 1)
+    twice = np.clip(once, -share, share) / share
+    rounding = 1e-12 / share * np.divide(scale(normaliser), half, out=np.zeros(6), where=half > 0)   # limits far from zero, close together
+    assert (np.abs(narrow.encode(actions)[:, :6] - twice) <= 1e-7 + rounding).all()
+    undone = np.clip(twice * share, -1, 1) * half + middle
+    assert (np.abs(narrow.decode(np.append(twice, 1)[None])[:, :6] - undone) <= 1e-7 * scale(normaliser)).all()
+
+
+def test_calvins_limits_know_no_data():
+    "CALVIN's relative actions: clipped at +-0.65 on all six, whatever was seen."
+    for seed in range(3):
+        fitted = ActionNormaliser.fit(random_actions(generator(seed)), "calvin")
+        assert fitted.low == (-0.65,) * 6 and fitted.high == (0.65,) * 6
+    action = np.array([[0.65, -0.65, 0.325, 1.0, -0.7, 0.0, 1.0]], np.float32)
+    np.testing.assert_allclose(fitted.encode(action), [[1, -1, 0.5, 1, -1, 0, 1]], atol=1e-7)
+    np.testing.assert_allclose(fitted.decode(fitted.encode(action)), np.clip(action, -0.65, [[0.65] * 6 + [1]]), atol=1e-7)
 
 
 def test_unknown_mode():
