@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'ARM_STYLE', 'BENCHMARKS', 'COMPARISONS', 'CELL', 'PACKAGE', 'PAPER_COLUMNS', 'CAVEAT', 'KEPT', 'KEPT_COLUMNS',
-           'KEPT_PARAMETERS', 'wilson', 'success_table', 'in_order', 'checkpoint', 'pairs', 'crossed_error',
-           'pair_error', 'paired_interval', 'mcnemar', 'paired_difference', 'difference_table', 'episodes_needed',
-           'span', 'described', 'readable_success', 'readable_differences', 'plot_arm', 'plot_dynamics', 'plot_bounds',
-           'paper_table', 'paper_rows', 'beside_paper', 'markdown', 'save_table', 'reference_text', 'summary',
-           'write_results', 'stage_seconds', 'commit_results', 'kept_results', 'story_tables', 'plot_story',
-           'commit_story', 'kept_story']
+           'KEPT_PARAMETERS', 'success_table', 'in_order', 'checkpoint', 'pairs', 'paired_difference',
+           'difference_table', 'span', 'described', 'readable_success', 'readable_differences', 'plot_arm',
+           'plot_dynamics', 'plot_bounds', 'paper_table', 'paper_rows', 'beside_paper', 'markdown', 'save_table',
+           'reference_text', 'summary', 'write_results', 'stage_seconds', 'commit_results', 'kept_results',
+           'story_tables', 'plot_story', 'commit_story', 'kept_story']
 
 # %% ../nbs/12_results.ipynb #d953648b
 from importlib.resources import files
@@ -22,21 +21,13 @@ from .core import atomic_path, read_json, read_manifest, read_table, unknown, wr
 from .gap import save_figure
 from .proximity import GROUP_COLOUR, some_scores
 from .selection import ARM_COLOUR
+from .stats import mcnemar, paired_interval, wilson
 
 # %% ../nbs/12_results.ipynb #1ebecdc9
 ARMS = {"base": "no mid-training", "random": "+ random selection", "proximity": "+ proximity selection"}
 ARM_STYLE = {arm: (ARM_COLOUR[arm], *look) for arm, look in {"base": ("s", ":"), "random": ("^", "--"), "proximity": ("o", "-")}.items()}
 BENCHMARKS = {"tabletop": "synthetic tabletop"}  # what a reader must know of a benchmark, said wherever it is named
 COMPARISONS = [("proximity", other) for other in ARM_COLOUR if other != "proximity"] + [("random", "base")]  # of those that a run has
-
-# %% ../nbs/12_results.ipynb #cc82e792
-def wilson(successes: int | np.ndarray,  # episodes that succeeded
-           trials: int | np.ndarray,     # episodes run
-           level: float = 0.95,          # confidence level
-           ) -> tuple:                   # lower and upper bound, each in 0..1
-    "Wilson score interval of a success rate."
-    from statsmodels.stats.proportion import proportion_confint
-    return proportion_confint(successes, trials, alpha=1 - level, method="wilson")
 
 # %% ../nbs/12_results.ipynb #0e374efc
 CELL = ["benchmark", "task", "step", "arm"]  # one success rate each
@@ -86,43 +77,6 @@ def pairs(episodes: pd.DataFrame,  # one benchmark, task and step
         raise ValueError(f"arms {a!r} and {b!r} cannot be paired: they need a common seed and the same test episodes")
     return x.to_numpy(int) - y.to_numpy(int)
 
-# %% ../nbs/12_results.ipynb #358073c9
-def crossed_error(d: np.ndarray,              # (seeds, episodes) paired differences, two seeds or more
-                  ) -> tuple[float, float]:   # standard error, degrees of freedom
-    "Standard error of the mean when both seeds and episodes are samples of many (two-way random effects, Satterthwaite)."
-    (S, E), by_seed, by_episode = d.shape, d.mean(1, keepdims=True) - d.mean(), d.mean(0, keepdims=True) - d.mean()
-    rest = d - d.mean() - by_seed - by_episode
-    free = np.array([S - 1, E - 1, (S - 1) * (E - 1)])
-    square = np.array([E * (by_seed**2).sum(), S * (by_episode**2).sum(), (rest**2).sum()]) / free
-    variance = max(square[0] + square[1] - square[2], square[0], square[1])
-    return float(np.sqrt(variance / d.size)), float(variance**2 / (square**2 / free).sum()) if variance else np.inf
-
-# %% ../nbs/12_results.ipynb #21083e1a
-def pair_error(d: np.ndarray,  # paired differences, any shape
-               ) -> float:     # standard error
-    "Standard error of the mean of independent paired differences, one won and one lost pair added."
-    n = d.size + 2
-    won, lost = ((d > 0).sum() + 1) / n, ((d < 0).sum() + 1) / n
-    return float(np.sqrt((won + lost - (won - lost) ** 2) / n))
-
-# %% ../nbs/12_results.ipynb #c6c758ea
-def paired_interval(d: np.ndarray,              # (seeds, episodes) paired differences
-                    level: float = 0.95,        # confidence level
-                    ) -> tuple[float, float]:   # lower and upper bound, each in -1..1
-    "Interval of the mean difference over seeds and episodes (over episodes alone when there is one seed)."
-    from scipy.stats import t
-    error, free = crossed_error(d) if len(d) > 1 else (0.0, np.inf)
-    half = max(error * t.ppf((1 + level) / 2, free), pair_error(d) * t.ppf((1 + level) / 2, np.inf))
-    return float(max(d.mean() - half, -1)), float(min(d.mean() + half, 1))
-
-# %% ../nbs/12_results.ipynb #83ca4ac5
-def mcnemar(d: np.ndarray,  # paired differences, any shape
-            ) -> float:     # two-sided exact p-value
-    "Exact McNemar test on the pairs in which one arm succeeded and the other failed."
-    from scipy.stats import binomtest
-    wins, losses = int((d > 0).sum()), int((d < 0).sum())
-    return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
-
 # %% ../nbs/12_results.ipynb #e74a0de5
 def paired_difference(episodes: pd.DataFrame,  # one benchmark, task and step
                       a: str,                  # first arm
@@ -147,17 +101,6 @@ def difference_table(episodes: pd.DataFrame,   # one row an episode
         rows += [{"benchmark": benchmark, "task": task, "step": step, "arm": a, "minus": b, **paired_difference(cell, a, b, level)}
                  for a, b in COMPARISONS if {a, b} <= arms]
     return pd.DataFrame(rows)
-
-# %% ../nbs/12_results.ipynb #cfe680e4
-def episodes_needed(a: float,             # true success of one arm, 0..1
-                    b: float,             # true success of the other
-                    power: float = 0.8,   # chance of finding the difference
-                    level: float = 0.95,  # confidence level
-                    ) -> int:             # episodes per arm
-    "Episodes per arm at which the difference between two success rates is found with the given power."
-    from statsmodels.stats.power import NormalIndPower
-    from statsmodels.stats.proportion import proportion_effectsize
-    return int(np.ceil(NormalIndPower().solve_power(proportion_effectsize(a, b), power=power, alpha=1 - level)))
 
 # %% ../nbs/12_results.ipynb #61673862
 def span(low: pd.Series,     # lower bounds, -1..1

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['SKILLS', 'BENCHMARKS', 'LENGTHS', 'IDS', 'TEXTS', 'ASKED', 'NUMBERS', 'DIRECTION', 'TURNS', 'SAID', 'LATER', 'RULES',
-           'MEAN_OF_TASKS', 'VARIANTS', 'SHOWN', 'TabletopQuestions', 'benchmark_spec', 'choose_questions',
+           'MEAN_OF_TASKS', 'VARIANTS', 'CHANGE', 'SHOWN', 'TabletopQuestions', 'benchmark_spec', 'choose_questions',
            'left_padded', 'greedy', 'answer_questions', 'write_answers', 'read_answers', 'pope_answer', 'chosen_letter',
            'blink_answer', 'last_boxed', 'visulogic_answer', 'map_answer', 'maze_answer', 'grid_answer', 'photo_answer',
-           'grade', 'proportion', 'mean_of', 'accuracy_table', 'pope_table', 'variant_tables', 'score',
-           'bootstrap_differences', 'compare', 'plot_change', 'retention_text', 'beside_paper', 'answer_checkpoint',
-           'judge_all']
+           'grade', 'accuracy_table', 'pope_table', 'variant_tables', 'score', 'compare', 'plot_change',
+           'retention_text', 'beside_paper', 'answer_checkpoint', 'judge_all']
 
 # %% ../nbs/11b_retention.ipynb #34ec8aa4
 import json, re
@@ -30,6 +29,7 @@ from .samples import BadSample, Sample, SetAside, turn
 from .selection import ARM_COLOUR
 from .sources.base import Record, Source, open_source
 from .sources.benchmarks import base_question
+from .stats import bootstrap_differences, mean_of, pair_error, proportion, swap_test
 from .tabletop.pool import TabletopSource
 
 # %% ../nbs/11b_retention.ipynb #dd7a6f59
@@ -352,24 +352,6 @@ def grade(
 # %% ../nbs/11b_retention.ipynb #07be0621
 MEAN_OF_TASKS = ("pope", "blink", "tabletop")
 
-def proportion(
-    hits: int,              # right answers
-    trials: int,            # of so many
-    level: float = 0.95,    # confidence level
-) -> tuple:                 # share, lower and upper bound
-    "A share with its Wilson interval; NaN of nothing."
-    from statsmodels.stats.proportion import proportion_confint
-    if not trials: return (np.nan,) * 3
-    return hits / trials, *map(float, proportion_confint(hits, trials, alpha=1 - level, method="wilson"))
-
-def mean_of(
-    shares: list,   # (share, lower, upper)
-) -> tuple:         # mean, lower and upper bound
-    "The mean of independent shares, with its interval."
-    p, low, high = np.array(shares, float).T
-    return float(p.mean()), float(p.mean() - np.sqrt(((p - low) ** 2).sum()) / len(p)), float(p.mean() + np.sqrt(((high - p) ** 2).sum()) / len(p))
-
-# %% ../nbs/11b_retention.ipynb #b027026c
 def accuracy_table(
     graded: pd.DataFrame,       # of one benchmark, from `grade`
     mean_of_tasks: bool,        # what the headline is
@@ -427,47 +409,28 @@ def score(
     return pd.concat(tables, ignore_index=True)
 
 # %% ../nbs/11b_retention.ipynb #36f7790e
-def bootstrap_differences(
-    d: pd.DataFrame,        # task, group, difference (-1, 0 or 1), one row a question
-    mean_of_tasks: bool,    # what the headline is
-    draws: int = 2000,      # of the bootstrap
-    seed: int = 0,          # of it
-) -> pd.DataFrame:          # (draws, tasks and "all")
-    "The differences of every task and of the headline, in samples of groups."
-    group, task = pd.factorize(d.group)[0], pd.factorize(d.task)
-    total, count = (np.zeros((group.max() + 1, len(task[1]))) for _ in range(2))
-    np.add.at(total, (group, task[0]), d.difference)
-    np.add.at(count, (group, task[0]), 1)
-    rng, sums = generator(seed, "retention"), []
-    for n in (len(part) for part in np.array_split(np.arange(draws), -(-draws // 100))):
-        weights = rng.multinomial(len(total), np.full(len(total), 1 / len(total)), n).astype(float)
-        sums.append((weights @ total, weights @ count))
-    top, bottom = (np.concatenate(parts) for parts in zip(*sums))
-    with np.errstate(invalid="ignore"): tasks = top / bottom
-    whole = np.nanmean(tasks, 1) if mean_of_tasks else top.sum(1) / bottom.sum(1)
-    return pd.DataFrame(tasks, columns=task[1]).assign(all=whole)
+CHANGE = ["difference", "low", "high", "won", "lost", "questions", "groups", "p"]  # what is told of a task's change
 
-# %% ../nbs/11b_retention.ipynb #79831dd1
 def compare(
     after: pd.DataFrame,        # from `grade`
     before: pd.DataFrame,       # of the same questions
     mean_of_tasks: bool,        # what the headline is
     level: float = 0.95,        # confidence level
-) -> pd.DataFrame:              # task, difference, low, high, won, lost, questions, mcnemar_p
+) -> pd.DataFrame:              # task, difference, low, high, won, lost, questions, groups, p
     "The change of every task's accuracy and of the headline. Raises ValueError when the questions differ."
-    from scipy.stats import binomtest, norm
+    from scipy.stats import norm
     if set(after.id) != set(before.id): raise ValueError(f"two checkpoints cannot be compared: {len(set(after.id) ^ set(before.id)):,} questions were answered by one of them only")
     both = after.merge(before[["id", "correct"]], on="id", suffixes=("", "_before"))
     d = both.assign(difference=both.correct.astype(int) - both.correct_before.astype(int))
-    drawn, rows = bootstrap_differences(d, mean_of_tasks), []
+    drawn, rows = bootstrap_differences(d, mean_of_tasks, generator(0, "retention")), []
     tasks = d.groupby("task", sort=False).difference
     for task, x in [*tasks, ("all", d.difference)]:
-        won, lost = int((x > 0).sum()), int((x < 0).sum())
+        won, lost, group = int((x > 0).sum()), int((x < 0).sum()), d.group[x.index]
         centre = float(tasks.mean().mean() if task == "all" and mean_of_tasks else x.mean())
         low, high = drawn[task].quantile([(1 - level) / 2, (1 + level) / 2])
-        if not won + lost: low, high = np.array([-1, 1]) * norm.ppf((1 + level) / 2) * np.sqrt(2) / (len(x) + 2)
-        rows.append((task, centre, low, high, won, lost, len(x), float(binomtest(won, won + lost).pvalue) if won + lost else 1.0))
-    return pd.DataFrame(rows, columns=["task", "difference", "low", "high", "won", "lost", "questions", "mcnemar_p"])
+        if not won + lost: low, high = np.array([-1, 1]) * norm.ppf((1 + level) / 2) * pair_error(x.to_numpy())
+        rows.append((task, centre, low, high, won, lost, len(x), group.nunique(), swap_test(x, group)))
+    return pd.DataFrame(rows, columns=["task", *CHANGE])
 
 # %% ../nbs/11b_retention.ipynb #081510b5
 def plot_change(
@@ -498,7 +461,7 @@ SHOWN = {"pope": "POPE", "blink": "BLINK", "visulogic": "VisuLogic", "3dsrbench"
 
 def retention_text(
     metrics: pd.DataFrame,      # benchmark, checkpoint, task, metric, value
-    differences: pd.DataFrame,  # benchmark, checkpoint, task, difference, low, high, mcnemar_p
+    differences: pd.DataFrame,  # benchmark, checkpoint, task, difference, low, high
     start: str = "base",        # what all are compared with
 ) -> list:                      # a sentence a benchmark
     "What each benchmark says, in plain words."
@@ -507,7 +470,7 @@ def retention_text(
         parts = []
         for row in differences[(differences.benchmark == name) & (differences.task == "all")].itertuples():
             what = "better" if row.low > 0 else "worse" if row.high < 0 else "no difference that the questions can tell"
-            parts.append(f"{row.checkpoint} {100 * heads[name, row.checkpoint]:.1f} % ({100 * row.difference:+.1f} points, {100 * row.low:+.1f} to {100 * row.high:+.1f}): {what}")  # no p: variants of one question are not independent
+            parts.append(f"{row.checkpoint} {100 * heads[name, row.checkpoint]:.1f} % ({100 * row.difference:+.1f} points, {100 * row.low:+.1f} to {100 * row.high:+.1f}): {what}")
         first = f"{start} answers {100 * heads[name, start]:.1f} % right" if (name, start) in heads else "no checkpoint to compare with"
         lines.append(f"{name}: {'; '.join([first, *parts])}.")
     return lines
@@ -562,5 +525,5 @@ def judge_all(
             graded.append(table.assign(**about))
             metrics.append(score(table, kind, level).assign(**about))
             if name != start and start in tables: differences.append(compare(table, tables[start], kind in MEAN_OF_TASKS, level).assign(**about))
-    join = lambda tables: pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["benchmark", "checkpoint", "task", "difference", "low", "high", "won", "lost", "questions", "mcnemar_p"])
+    join = lambda tables: pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["benchmark", "checkpoint", "task", *CHANGE])
     return join(graded), join(metrics), join(differences)

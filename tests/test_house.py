@@ -74,7 +74,7 @@ def test_import_is_light():
 
 
 def test_rooms_of_arrays_and_tables_know_no_model():
-    rooms = [f"{PACKAGE}.{m}" for m in MODULES if m.split(".")[0] in ("samples", "sources", "tabletop", "vectors", "gap", "selection", "actions", "results")]
+    rooms = [f"{PACKAGE}.{m}" for m in MODULES if m.split(".")[0] in ("samples", "sources", "tabletop", "vectors", "gap", "selection", "actions", "stats", "results")]
     assert not {"torch", "transformers", "matplotlib"} & loaded_by(*rooms)
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import nbformat
 import nbformat.v4 as new
+import pandas as pd
 import pytest
 import yaml
 
@@ -232,6 +233,32 @@ def test_profiles_fit_the_notebooks(name, tmp_path, monkeypatch):
         with pytest.raises(FileNotFoundError, match="none of the profile's data folders exists"): plan(name)
         for path in paths_in(profile["stages"]): Path(path.replace("{data}", profile["data"][0])).mkdir(parents=True, exist_ok=True)
     assert [job.stage for job in plan(name)] == list(profile["stages"])
+
+
+def test_the_paper_profile_says_which_benchmark_is_missing(tmp_path, monkeypatch):
+    "Before anything runs, not when retention is reached some days later. Both stages ask the five of the paper's table 7."
+    monkeypatch.chdir(tmp_path)
+    stages = load_profile("paper")["stages"]
+    asked = [spec["name"] for spec in stages["retention"]["benchmarks"]]
+    assert stages["leakage"]["benchmarks"] == stages["retention"]["benchmarks"] and asked == pd.read_csv(ROOT / "embodied_midtrain/tables/table7_retention.csv").columns.drop("model").tolist()
+    for path in paths_in(stages): Path(path.replace("{data}", "data/paper")).mkdir(parents=True, exist_ok=True)
+    plan("paper")
+    for i, folder in enumerate(("POPE", "BLINK", "VisuLogic", "3DSRBench", "SpatialEval")):
+        (tmp_path / "data/paper" / folder).rmdir()
+        with pytest.raises(FileNotFoundError, match=rf"leakage.benchmarks\[{i}\].path: .*{folder} does not exist"): plan("paper")
+        with pytest.raises(FileNotFoundError, match=rf"retention.benchmarks\[{i}\].path: .*{folder} does not exist"): plan("paper", stages="features,gap,proximity,selection,midtrain,retention")
+        (tmp_path / "data/paper" / folder).mkdir()
+
+
+def test_what_the_template_offers_in_comments_is_a_profile(tmp_path, monkeypatch):
+    "`mine` with the comments before its stages and lists taken away."
+    monkeypatch.chdir(tmp_path)
+    text = re.sub(r"(?m)^# ((leakage|retention):|  )", r"\1", profile_files()["mine"].read_text())
+    Path("mine.yaml").write_text(text)
+    stages = load_profile("mine.yaml")["stages"]
+    assert {"leakage", "retention"} <= stages.keys() and [spec["reader"] for spec in stages["retention"]["benchmarks"]][:2] == ["pope", "blink"]
+    for path in paths_in(stages): Path(path.replace("{data}", "data/mine")).mkdir(parents=True, exist_ok=True)
+    assert [job.stage for job in plan("mine.yaml")] == list(stages)
 
 
 def test_micro_is_what_the_notebooks_show():

@@ -17,57 +17,6 @@ def episodes(seeds=2, count=40, arms=("base", "random", "proximity"), tasks=("re
     return pd.DataFrame(rows, columns=results.KEPT_COLUMNS)
 
 
-# ---- intervals and tests
-
-@pytest.mark.parametrize("k, n, low, high", [(0, 10, 0, .2775), (5, 10, .2366, .7634), (10, 10, .7225, 1)])
-def test_wilson_equals_published_values(k, n, low, high):
-    assert results.wilson(k, n) == pytest.approx((low, high), abs=1e-4)
-
-
-def test_mcnemar_equals_statsmodels():
-    from statsmodels.stats.contingency_tables import mcnemar
-    d = np.array([1] * 9 + [-1] * 3 + [0] * 20)
-    assert results.mcnemar(d) == pytest.approx(mcnemar([[10, 9], [3, 10]], exact=True).pvalue)
-
-
-def test_interval_is_antisymmetric_and_does_not_see_the_order():
-    d = generator(1, "d").integers(-1, 2, (4, 30))
-    low, high = results.paired_interval(d)
-    assert results.paired_interval(-d) == pytest.approx((-high, -low))
-    assert results.paired_interval(d[::-1, ::-1]) == pytest.approx((low, high))
-
-
-@pytest.mark.parametrize("value", [-1, 0, 1])
-@pytest.mark.parametrize("seeds", [1, 3])
-def test_no_variation_is_not_certainty(value, seeds):
-    low, high = results.paired_interval(np.full((seeds, 20), value))
-    assert -1 <= low <= value <= high <= 1 and high - low > .01
-
-
-def test_one_far_seed_widens_the_interval():
-    rng = generator(2, "far")
-    near = (rng.random((3, 100)) < .5).astype(int)
-    far = (rng.random((3, 100)) < np.array([[.1], [.5], [.9]])).astype(int)
-    width = [np.subtract(*results.paired_interval(d)) for d in (far, near)]
-    assert width[0] < 3 * width[1] < 0
-
-
-@pytest.mark.parametrize("seeds, spread", [(1, 0), (3, .1), (5, .05)])
-def test_interval_covers_the_truth(seeds, spread):
-    hits = 0
-    for trial in range(200):
-        rng = generator(trial, "coverage", seeds)
-        chance = .3 + rng.normal(0, spread, (seeds, 1)) + rng.normal(0, .1, (1, 80))
-        low, high = results.paired_interval((rng.random((seeds, 80)) < chance).astype(int))
-        hits += low <= .3 <= high
-    assert hits > 180  # 95 % promised; fewer than 181 of 200 would be a 1 in 300 accident
-
-
-def test_more_episodes_for_smaller_differences():
-    needed = [results.episodes_needed(.5 + gap, .5) for gap in (.05, .1, .2)]
-    assert needed == sorted(needed, reverse=True)
-
-
 # ---- tables
 
 def test_success_pools_seeds_and_shows_their_range():

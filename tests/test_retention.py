@@ -14,8 +14,8 @@ from scipy.stats import binomtest
 from embodied_midtrain.backbone import TEMPLATE, Backbone, load_backbone, tiny_tokenizer
 from embodied_midtrain.core import Stage
 from embodied_midtrain.retention import (BENCHMARKS, LENGTHS, RULES, SHOWN, TabletopQuestions, answer_checkpoint, answer_questions, base_question, benchmark_spec, beside_paper, blink_answer,
-                                         bootstrap_differences, choose_questions, chosen_letter, compare, grade, grid_answer, judge_all, last_boxed, left_padded, map_answer, maze_answer, plot_change,
-                                         pope_answer, pope_table, proportion, read_answers, retention_text, score, variant_tables, visulogic_answer, write_answers)
+                                         choose_questions, chosen_letter, compare, grade, grid_answer, judge_all, last_boxed, left_padded, map_answer, maze_answer, plot_change,
+                                         pope_answer, pope_table, read_answers, retention_text, score, variant_tables, visulogic_answer, write_answers)
 from embodied_midtrain.samples import BadSample, ImageRef, Sample, turn
 from embodied_midtrain.sources.base import open_source, sources_hash
 from embodied_midtrain.sources.benchmarks import BLINK_TASKS, BlinkSource, PopeSource, SpatialEvalSource, ThreeDSRSource, VisuLogicSource
@@ -251,13 +251,9 @@ def test_3dsrbench_counts_groups():
     assert [base_question(q) for q in ("ABCDEFGH", "ABCDEFGH-3", "ABCDEFGH-flip", "ABCDEFGH-flip-2", "A-B")] == ["ABCDEFGH"] * 4 + ["A-B"]
 
 
-def test_headlines_and_wilson():
+def test_headlines():
     graded = pd.DataFrame(dict(id=range(12), task=["x"] * 10 + ["y"] * 2, group=range(12), correct=[True] * 5 + [False] * 5 + [True] * 2))
     assert score(graded, "blink").iloc[-1].value == (.5 + 1) / 2 and score(graded, "visulogic").iloc[-1].value == 7 / 12
-    share, low, high = proportion(8, 10)
-    z, n, p = 1.959964, 10, .8
-    centre, half = (p + z * z / 2 / n) / (1 + z * z / n), z * np.sqrt(p * (1 - p) / n + z * z / 4 / n / n) / (1 + z * z / n)
-    assert np.allclose([share, low, high], [p, centre - half, centre + half], atol=1e-6)
 
 
 # ---- answers from elsewhere
@@ -404,29 +400,16 @@ def test_resumed_equals_uninterrupted_to_the_byte(tiny, asked, tmp_path, monkeyp
 def graded(correct, task="x", group=None): return pd.DataFrame(dict(id=range(len(correct)), task=task, group=group if group is not None else range(len(correct)), correct=np.array(correct, bool)))
 
 
-def test_mcnemar_and_difference_by_hand():
+def test_test_and_difference_by_hand():
     before, after = graded([1, 1, 1, 1, 0, 0, 0, 0, 0, 1]), graded([1, 1, 0, 1, 1, 1, 1, 1, 1, 1])
     table = compare(after, before, False).set_index("task").loc["all"]
-    assert (table.won, table.lost, table.questions) == (5, 1, 10) and np.isclose(table.difference, .4) and np.isclose(table.mcnemar_p, 2 * (1 + 6) / 2**6) and np.isclose(table.mcnemar_p, binomtest(1, 6).pvalue)
+    assert (table.won, table.lost, table.questions) == (5, 1, 10) and np.isclose(table.difference, .4) and np.isclose(table.p, 2 * (1 + 6) / 2**6) and np.isclose(table.p, binomtest(1, 6).pvalue)
     assert table.low < .4 < table.high
     same = compare(before, before, False).iloc[0]
-    assert same.difference == 0 and same.mcnemar_p == 1 and same.low == -same.high < 0  # nothing differs, and still it is not certain
+    assert same.difference == 0 and same.p == 1 and same.low == -same.high < 0  # nothing differs, and still it is not certain
     with pytest.raises(ValueError, match="1 questions were answered by one of them only"): compare(after[1:], before, False)
     shuffled = compare(after.sample(frac=1, random_state=0), before, False).set_index("task").loc["all"]
     assert shuffled.difference == table.difference and shuffled.won == table.won
-
-
-def test_bootstrap_draws_groups():
-    "Copies of one answer are no evidence: ten copies of each question give the interval of the questions."
-    rng = np.random.default_rng(0)
-    d = rng.choice([-1, 0, 1], 60, p=[.1, .5, .4])
-    once = bootstrap_differences(pd.DataFrame(dict(task="x", group=range(60), difference=d)), False)["all"]
-    copies = bootstrap_differences(pd.DataFrame(dict(task="x", group=np.repeat(range(60), 10), difference=np.repeat(d, 10))), False)["all"]
-    assert np.isclose(once.std(), copies.std(), rtol=.1) and np.isclose(once.std(), d.std() / 60**.5, rtol=.1)
-    mixed = pd.DataFrame(dict(task=["x"] * 50 + ["y"] * 10, group=range(60), difference=d))
-    whole, mean = bootstrap_differences(mixed, False), bootstrap_differences(mixed, True)
-    assert np.isclose(mean["all"].mean(), (d[:50].mean() + d[50:].mean()) / 2, atol=.02) and np.isclose(whole["all"].mean(), d.mean(), atol=.02) and list(mean.columns) == ["x", "y", "all"]
-    assert mean["all"].equals(mixed.pipe(bootstrap_differences, True)["all"])  # the same draws each time
 
 
 def test_interval_covers_what_it_promises():
@@ -439,6 +422,14 @@ def test_interval_covers_what_it_promises():
         row = compare(after, before, False).iloc[-1]
         hits += row.low <= .1 <= row.high
     assert 53 <= hits
+
+
+def test_variants_of_a_question_are_one_piece_of_evidence():
+    "Copies change neither the p-value of a task nor that of the whole; groups that span tasks are one in the whole."
+    before, after = graded([0] * 20), graded([1] * 8 + [0] * 12)
+    copies = [pd.concat([t] * 5, ignore_index=True).assign(id=range(100), task=np.repeat(list("abcde"), 20)) for t in (after, before)]
+    once, many = compare(after, before, False), compare(*copies, False).set_index("task")
+    assert np.allclose(once.p, 2 * .5**8) and np.allclose(many.p, 2 * .5**8) and many.groups.tolist() == [20] * 6 and many.questions.tolist() == [20] * 5 + [100] and many.won["all"] == 40
 
 
 def test_words_and_figure_tell_the_same():
