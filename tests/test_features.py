@@ -1,5 +1,6 @@
 """Features: resumable part by part, broken images set aside, one vector a sample."""
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -8,6 +9,7 @@ import pytest
 from embodied_midtrain.backbone import load_backbone
 from embodied_midtrain.features import extract, share_out, write_features
 from embodied_midtrain.pipeline import notebook_folder, parameters_of
+from embodied_midtrain.samples import ImageRef, SetAside
 from embodied_midtrain.vectors import read_features
 from embodied_midtrain.tabletop.pool import TabletopSource, tabletop_pool
 
@@ -33,6 +35,27 @@ def test_a_corrupt_image_is_set_aside_counted_and_listed(tmp_path):
     assert row.file.endswith("7.png") and row.record == "photos/7" and "cannot be decoded" in row.reason
     table = read_features(out)
     assert len(table) == 39 and "photos/7" not in table.ids
+
+
+def test_threads_write_the_same_bytes(tmp_path):
+    "Broken images among them: the book keeps the order of the samples, whoever came first."
+    spec, folders = llava(tmp_path, 60, broken={3, 31}), [tmp_path / "alone", tmp_path / "threads"]
+    for folder, threads in zip(folders, (0, 4)): folder.mkdir(); write_features([(0, spec)], folder=str(folder), **HOW | dict(part_size=40, batch_size=4), threads=threads)
+    alone, threaded = ({f.name: f.read_bytes() for f in folder.iterdir()} for folder in folders)
+    assert alone == threaded
+    assert read_features(folders[1]).ids.tolist() == [f"photos/{i}" for i in range(60) if i not in (3, 31)]
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_pictures_are_decoded_when_their_batch_comes(threads):
+    "However large a part is, no more pictures are in memory than a few batches hold."
+    tiny, samples, opened, most = load_backbone("tiny", device="cpu"), list(TabletopSource("mini-llava", 120)), [], []
+    def seen(sample):
+        image = sample.images[0].open()
+        return replace(sample, images=(ImageRef(load=lambda: opened.append(1) or np.asarray(image), where="here"),))
+    done = []
+    extract(tiny, list(map(seen, samples)), batch_size=4, threads=threads, aside=SetAside(), tick=lambda n: done.append(n) or most.append(len(opened) - sum(done)))
+    assert len(opened) == 120 and max(most) <= 4 * (2 * threads + threads)
 
 
 def test_too_many_broken_images_stop_the_run(tmp_path):
