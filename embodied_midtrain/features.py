@@ -86,16 +86,20 @@ def extract(
     out = np.full((len(samples), backbone.hidden_size), np.nan, np.float16)
     size = [len(s.images) * 1000 + sum(len(t["content"]) for t in (s.question if text == "question" else s.messages)) for s in samples]
     orders = np.array_split(np.argsort(size, kind="stable"), -(-len(samples) // batch_size) or 1)
-    for order, good, batch in in_threads(lambda order: _ready(backbone, samples, order, text == "full", aside), orders, threads):
-        if len(good): out[good] = POOLINGS[pooling](backbone.hidden(batch), batch, backbone.model.config.image_token_id).float().cpu().numpy()
+    for order, (good, *inputs) in zip(orders, in_threads(lambda order: _ready(backbone, samples, order, text == "full", aside), orders, threads)):
+        if good:
+            batch = backbone.collate(*inputs)
+            out[good] = POOLINGS[pooling](backbone.hidden(batch), batch, backbone.model.config.image_token_id).float().cpu().numpy()
         tick(len(order))
     return out
 
 def _ready(backbone, samples, order, answers, aside):
-    "Some samples, those of them whose images can be decoded, and their batch."
+    "Those of some samples whose images can be decoded, and all that can be made of them without the model's device."
     chosen = {i: [samples[i]] if aside is None else decoded([samples[i]], aside) for i in order}
-    good = [i for i, found in chosen.items() if found]
-    return order, good, backbone.batch([chosen[i][0] for i in good], answers) if good else None
+    part = [sample if answers else sample.asked() for found in chosen.values() for sample in found]
+    pixels, tokens = backbone.pixels(part)
+    if backbone.device.type == "cuda": pixels = {key: value.pin_memory() for key, value in pixels.items()}  # a GPU fetches them by itself from there
+    return [i for i, found in chosen.items() if found], backbone.encode(part, tokens, answers) if part else [], pixels
 
 # %% ../nbs/05_features.ipynb #10d6d1e0
 def write_features(
