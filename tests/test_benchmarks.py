@@ -4,11 +4,15 @@ import asyncio, inspect, types
 import numpy as np
 import pandas as pd
 import pytest
+import vla_eval
+from vla_eval import specs
+from vla_eval.benchmarks import base as harness
 
 from embodied_midtrain.benchmarks import tabletop
-from embodied_midtrain.benchmarks.base import Expert, Filmed, RandomActions, plot_films, run_episodes
+from embodied_midtrain.benchmarks.base import Expert, Filmed, RandomActions, StepResult, plot_films, run_episodes
 from embodied_midtrain.benchmarks.tabletop import Checkpoint, TabletopBenchmark, evaluate, evaluate_all, find_policies, last_rates, only, test_episodes as fixed_episodes
 from embodied_midtrain.core import Stage, file_hash, read_manifest, write_json
+from embodied_midtrain.serve import policy_server
 from embodied_midtrain.tabletop.tasks import TASKS, Tabletop
 
 COUNT = 16
@@ -104,39 +108,66 @@ def test_expert_is_a_ceiling_and_random_actions_are_a_floor():
         assert expert > .95 > .5 > chance
 
 
-# ---- the shape of vla-eval
+# ---- a benchmark of vla-eval like any other
+
+def through_vla_eval(tasks, predictor, folder, execute=0, batch=32):
+    "task -> [(success, steps)] as its harness plays them, against a served predictor."
+    entry = dict(benchmark="embodied_midtrain.benchmarks.tabletop:TabletopBenchmark", name="tabletop", episodes_per_task=COUNT, params=dict(tasks=list(tasks), episodes=COUNT))
+    results = vla_eval.evaluate(policy_server(predictor, execute=execute, batch=batch), dict(benchmarks=[entry], render="cpu"), output_dir=folder, docker=False)
+    return {task["task"]: [(episode["metrics"]["success"], episode["steps"]) for episode in sorted(task["episodes"], key=lambda e: e["episode_id"])] for task in results[0]["tasks"]}
+
+
+@pytest.mark.parametrize("execute", [0, 2])
+def test_the_harness_gives_the_same_success_for_every_episode(execute, tmp_path):
+    played = through_vla_eval(TASKS, Reflex(), tmp_path, execute)
+    assert played == {task: together(task, lambda env: Reflex(), execute) for task in TASKS}
+
+
+def test_the_harness_gives_a_vla_the_same_success_for_every_episode(tmp_path):
+    "The trained weights' shape, not their skill: the tiny backbone with a fresh head, asked for one picture at a time by the harness."
+    import torch
+    from embodied_midtrain.actions import ActionNormaliser
+    from embodied_midtrain.backbone import load_backbone
+    from embodied_midtrain.policy import Policy
+    torch.manual_seed(0)
+    policy = Policy(load_backbone("tiny", device="cpu"), ActionNormaliser((-1.0,) * 6, (1.0,) * 6), chunk=3).eval()
+    assert through_vla_eval(["reach"], policy, tmp_path) == {"reach": together("reach", lambda env: policy)}
+
+
+def public(cls): return {name for name, value in vars(cls).items() if callable(value) or isinstance(value, classmethod) if not name.startswith("_")}
+
 
 def test_methods_are_those_of_vla_eval():
-    base = pytest.importorskip("vla_eval.benchmarks.base")
-    for name in ("get_tasks", "reset", "step", "make_obs", "check_done", "get_step_result", "get_metric_keys", "get_metadata", "get_action_spec", "get_observation_spec"):
-        theirs, ours = (list(inspect.signature(getattr(c, name)).parameters) for c in (base.StepBenchmark, TabletopBenchmark))
+    "It asks for methods, not for a base class: all of them are there, with the parameters that it hands over."
+    for name in public(harness.Benchmark) | public(harness.StepBenchmark):
+        theirs, ours = (list(inspect.signature(getattr(c, name)).parameters) for c in (harness.StepBenchmark, TabletopBenchmark))
         assert ours == theirs, name
-    assert {f for f in tabletop.StepResult.__dataclass_fields__} == {f for f in base.StepResult.__dataclass_fields__}
+        assert inspect.iscoroutinefunction(getattr(harness.StepBenchmark, name)) == inspect.iscoroutinefunction(getattr(TabletopBenchmark, name)), name
+    assert {f for f in StepResult.__dataclass_fields__} == {f for f in harness.StepResult.__dataclass_fields__}
 
 
 def test_specs_are_readable_by_vla_eval():
-    specs = pytest.importorskip("vla_eval.specs")
     read = {name: specs.DimSpec.from_dict(spec) for name, spec in TabletopBenchmark().get_action_spec().items()}
     assert not specs.check_specs(read, {"position": specs.POSITION_DELTA, "rotation": specs.ROTATION_EULER, "gripper": specs.GRIPPER_01}, {}, {})
 
 
 def test_vla_evals_own_bridge_plays_an_episode():
-    "Mixed with its StepBenchmark, the class is one of its benchmarks."
-    base = pytest.importorskip("vla_eval.benchmarks.base")
+    "Mixed with its StepBenchmark, the class is one of its benchmarks by name too; what it films is every picture of the episode."
+    class Bridged(TabletopBenchmark, harness.StepBenchmark): pass
 
-    class Bridged(TabletopBenchmark, base.StepBenchmark):
-        def __init__(self):
-            base.StepBenchmark.__init__(self)
-            TabletopBenchmark.__init__(self, ["reach"], COUNT)
+    class Recorder:
+        frames = []
+        def record_video(self, frame): self.frames.append(frame)
 
     async def play(benchmark):
-        await benchmark.start_episode({**benchmark.get_tasks()[0], "episode_idx": 3})
+        await benchmark.start_episode({**benchmark.get_tasks()[0], "episode_idx": 3}, Recorder())
         while not await benchmark.is_done():
             assert set(await benchmark.get_observation()) == {"images", "task_description"}
             await benchmark.apply_action({"actions": benchmark.env.expert()[0]})
-        return await benchmark.get_result()
+        return await benchmark.get_result(), int(benchmark.env.steps[0])
 
-    assert asyncio.run(play(Bridged())) == {"success": True}
+    result, steps = asyncio.run(play(Bridged(["reach"], COUNT)))
+    assert result == {"success": True} and len(Recorder.frames) == steps + 1 and (Recorder.frames[0] == fixed_episodes("reach", COUNT).render()[3]).all()
 
 
 # ---- bad input
@@ -144,6 +175,7 @@ def test_vla_evals_own_bridge_plays_an_episode():
 def test_unknown_tasks_are_named():
     with pytest.raises(ValueError, match="did you mean 'reach'"): TabletopBenchmark(["raech"])
     with pytest.raises(ValueError, match="did you mean 'reach'"): fixed_episodes("raech")
+    with pytest.raises(ValueError, match="unknown suite 'Z'"): TabletopBenchmark(suite="Z")
 
 
 @pytest.mark.parametrize("actions, message", [(np.zeros((COUNT, 7)), "shape"), (np.zeros((COUNT, 1, 6)), "shape"), (np.full((COUNT, 1, 7), np.nan), "not finite")])

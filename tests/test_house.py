@@ -79,7 +79,7 @@ def test_rooms_of_arrays_and_tables_know_no_model():
 
 
 INSTALLED_AS = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn", "umap-learn": "umap"}
-COMES_ALONG = {"matplotlib": "seaborn", "nbformat": "nbconvert", "nbclient": "papermill", "huggingface_hub": "transformers", "tokenizers": "transformers", "IPython": "jupyterlab", "uvicorn": "embedding_atlas"}
+COMES_ALONG = {"matplotlib": "seaborn", "nbformat": "nbconvert", "nbclient": "papermill", "huggingface_hub": "transformers", "tokenizers": "transformers", "IPython": "jupyterlab", "uvicorn": "embedding_atlas", **dict.fromkeys(("anyio", "msgpack", "websockets"), "vla_eval")}
 
 
 def declared(*extras):
@@ -92,7 +92,7 @@ def declared(*extras):
 
 def test_third_party_imports_are_declared():
     "What the library imports is what pyproject.toml promises to install; development tools are not among it."
-    wanted = declared("archives", "explore", "robots")
+    wanted = declared("archives", "benchmarks", "explore", "robots")
     for module in MODULES:
         for name in {i.split(".")[0] for i in imports(module)} - set(sys.stdlib_module_names) - {PACKAGE}:
             assert name in wanted or COMES_ALONG.get(name) in wanted, f"{module} imports {name}"
@@ -100,8 +100,8 @@ def test_third_party_imports_are_declared():
 
 def test_extras_are_asked_for_when_needed():
     "Without an extra, every module can be imported."
-    extras = declared("archives", "explore", "robots") - declared()
-    assert extras == {"anywidget", "av", "embedding_atlas", "h5py", "indexed_gzip"} and not extras & loaded_by(*(f"{PACKAGE}.{m}" for m in MODULES))
+    extras = declared("archives", "benchmarks", "explore", "robots") - declared()
+    assert extras == {"anywidget", "av", "embedding_atlas", "h5py", "indexed_gzip", "vla_eval"} and not extras & loaded_by(*(f"{PACKAGE}.{m}" for m in MODULES))
 
 
 # ---- notebooks
