@@ -24,6 +24,7 @@ from transformers import GenerationConfig
 from .backbone import Backbone, load_backbone
 from .core import Stage, _remove, atomic_path, generator, unknown
 from .features import decoded
+from .gap import interval
 from .proximity import random_score
 from .samples import BadSample, Sample, SetAside, turn
 from .selection import ARM_COLOUR
@@ -427,7 +428,7 @@ def compare(
     for task, x in [*tasks, ("all", d.difference)]:
         won, lost, group = int((x > 0).sum()), int((x < 0).sum()), d.group[x.index]
         centre = float(tasks.mean().mean() if task == "all" and mean_of_tasks else x.mean())
-        low, high = drawn[task].quantile([(1 - level) / 2, (1 + level) / 2])
+        low, high = interval(drawn[task].to_numpy(), level)
         if not won + lost: low, high = np.array([-1, 1]) * norm.ppf((1 + level) / 2) * pair_error(x.to_numpy())
         rows.append((task, centre, low, high, won, lost, len(x), group.nunique(), swap_test(x, group)))
     return pd.DataFrame(rows, columns=["task", *CHANGE])

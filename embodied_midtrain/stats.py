@@ -10,6 +10,8 @@ __all__ = ['wilson', 'proportion', 'mean_of', 'pair_error', 'crossed_error', 'pa
 import numpy as np
 import pandas as pd
 
+from .gap import bootstrap_weights
+
 # %% ../nbs/10b_stats.ipynb #5b36069d
 def wilson(successes: int | np.ndarray,  # trials that succeeded
            trials: int | np.ndarray,     # all of them
@@ -105,7 +107,7 @@ def bootstrap_differences(
     np.add.at(count, (group, task[0]), 1)
     sums = []
     for n in (len(part) for part in np.array_split(np.arange(draws), -(-draws // 100))):
-        weights = rng.multinomial(len(total), np.full(len(total), 1 / len(total)), n).astype(float)
+        weights = bootstrap_weights(len(total), n, rng)[1:]
         sums.append((weights @ total, weights @ count))
     top, bottom = (np.concatenate(parts) for parts in zip(*sums))
     with np.errstate(invalid="ignore"): tasks = top / bottom
