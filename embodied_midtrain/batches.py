@@ -9,7 +9,7 @@ __all__ = ['WINDOW', 'IMAGE', 'PAPER_MIX', 'batch_order', 'paper_lengths', 'toke
 # %% ../nbs/08f_batches.ipynb #c0067193
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, islice
 from typing import Callable, Iterator
 
@@ -125,11 +125,13 @@ class Prepared:
         return np.array([(e.labels[1:] >= 0).sum() for e in self.encoded])
 
     def batch(self,
-        which,      # indices of samples
-    ) -> dict:      # tensors, as from Backbone.batch
+        which,          # indices of samples
+        silent=(),      # indices of samples that come along, and that nothing is learned from
+    ) -> dict:          # tensors, as from Backbone.batch
         "The batch of some samples."
-        pixels, _ = self.backbone.pixels([self.samples[i] for i in which])
-        return self.backbone.collate([self.encoded[i] for i in which], pixels)
+        pixels, _ = self.backbone.pixels([self.samples[i] for i in (*which, *silent)])
+        mute = [replace(self.encoded[i], labels=np.full_like(self.encoded[i].labels, -100)) for i in silent]
+        return self.backbone.collate([self.encoded[i] for i in which] + mute, pixels)
 
 # %% ../nbs/08f_batches.ipynb #31692492
 @dataclass
@@ -137,12 +139,16 @@ class Batches:
     "Batches by their position, as `train` asks for them."
     prepared: Prepared
     order: list             # indices of each batch, as from `batch_order` or `token_batches`
+    pictured: bool = False  # whether a batch without a picture gets one, for models that are cut into pieces
 
-    def __post_init__(self): self._answers = self.prepared.answers
+    def __post_init__(self):
+        self._answers = self.prepared.answers
+        self._extra = _shortest_pictured(self.prepared) if self.pictured else ()
 
     def __call__(self, position: int) -> dict:
         "The batch."
-        return self.prepared.batch(self.order[position])
+        which = self.order[position]
+        return self.prepared.batch(which, () if any(self.prepared.samples[i].images for i in which) else self._extra)
 
     def weight(self, position: int) -> int:
         "What its loss is a mean over: answer tokens."
@@ -151,6 +157,12 @@ class Batches:
     def ids(self, position: int) -> list:
         "The ids of its samples."
         return [self.prepared.samples[i].id for i in self.order[position]]
+
+# %% ../nbs/08f_batches.ipynb #c6a49d7e
+def _shortest_pictured(prepared):
+    "The index of the shortest sample that has a picture, if any has."
+    lengths = prepared.lengths
+    return sorted((i for i, sample in enumerate(prepared.samples) if sample.images), key=lengths.__getitem__)[:1]
 
 # %% ../nbs/08f_batches.ipynb #7d22e0bf
 def ahead(

@@ -6,9 +6,10 @@
 __all__ = ['run_parallel']
 
 # %% ../nbs/00a_jobs.ipynb #89a31bf7
-import multiprocessing, os, threading, traceback
-from contextlib import closing, contextmanager
-from multiprocessing.connection import wait
+import multiprocessing, os, pickle, secrets, shlex, signal, subprocess, sys, tempfile, threading, traceback
+from contextlib import closing, contextmanager, suppress
+from multiprocessing.connection import Client, Listener, wait
+from pathlib import Path
 
 from .core import progress
 
@@ -50,14 +51,106 @@ def _one_thread():
         else: os.environ["OMP_NUM_THREADS"] = before
 
 # %% ../nbs/00a_jobs.ipynb #97342b4b
+class _Line:
+    "Where the processes of a job call."
+    def __init__(self, folder: str):
+        self.key, self.open, self.callers = secrets.token_bytes(32), True, []
+        self.listener = Listener(str(Path(folder, "line")), "AF_UNIX", authkey=self.key)
+        threading.Thread(target=self._answer, daemon=True).start()
+
+    def _answer(self):
+        while self.open:
+            with suppress(OSError, EOFError, multiprocessing.AuthenticationError): self.callers.append(self.listener.accept())
+
+    def heard(self, timeout: float = 0.2) -> list:
+        "What was said since the last time: (process, of how many, kind, value)."
+        said = []
+        for caller in wait(list(self.callers), timeout):
+            try: said.append(caller.recv())
+            except (EOFError, OSError): self.callers.remove(caller)   # hung up
+        return said
+
+    def close(self):
+        "Cut the line; once is enough."
+        if not self.open: return
+        self.open = False
+        with suppress(OSError, EOFError, multiprocessing.AuthenticationError): Client(self.listener.address, authkey=self.key).close()   # ends the wait for the next caller
+        for each in [self.listener, *self.callers]: each.close()
+
+# %% ../nbs/00a_jobs.ipynb #b0cefe82
+def _call(file: str):
+    "Read a job, run it, and tell the outcome."
+    sys.path[:], address, key, job = pickle.loads(Path(file).read_bytes())   # written a moment ago by whoever started this process
+    rank, processes, done = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), threading.Event()
+    line = Client(address, authkey=key)
+    say = lambda kind, value: line.send((rank, processes, kind, value))
+    waiting = threading.Thread(target=_hung_up, args=(line, done), daemon=True)
+    waiting.start()
+    try:
+        function, arguments = pickle.loads(job)
+        result = function(**arguments, tick=lambda n=1: say("tick", n) if rank == 0 else None)
+        say("result", result if rank == 0 else None)
+    except BaseException as error:
+        say("error", "".join(traceback.format_exception(error)))
+        os._exit(1)   # at once: the others may be waiting for this process
+    done.set()
+    waiting.join()    # until all are done: who leaves early breaks what the others are still saying to each other
+
+def _hung_up(line, done):
+    "Nothing is ever sent this way: when the wait ends, the other end is gone."
+    with suppress(EOFError, OSError): line.recv()
+    os._exit(not done.is_set())
+
+if globals().get("__spec__") and __spec__.name == "embodied_midtrain.jobs" and __name__ == "__main__": _call(sys.argv[1])
+
+# %% ../nbs/00a_jobs.ipynb #cc7087ae
+def _launched(
+    name: str,          # of the job
+    function, arguments: dict,
+    launch: str,        # arguments of `accelerate launch`
+    tick,
+):                      # what the function returned in the first process
+    "Run one job on the processes that accelerate starts. Raises RuntimeError with its name and the traceback of the process that failed."
+    with tempfile.TemporaryDirectory(prefix="emt-") as folder, closing(_Line(folder)) as line:
+        file, printed = Path(folder, "job"), Path(folder, "printed")
+        file.write_bytes(pickle.dumps((sys.path, line.listener.address, line.key, pickle.dumps((function, arguments)))))
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", *shlex.split(launch), "-m", "embodied_midtrain.jobs", str(file)]
+        with open(printed, "wb") as out: process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        try: return _outcome(name, process, line, tick, printed)
+        finally: _end(process, line)
+
+def _outcome(name, process, line, tick, printed):
+    "Listen until every process is done."
+    results, processes = {}, 1
+    while len(results) < processes:
+        ended = process.poll() is not None   # asked first: what was said before the end is heard after it
+        for rank, processes, kind, value in line.heard():
+            if kind == "error": raise RuntimeError(f"job {name!r} failed in process {rank} of {processes}: {value}")
+            if kind == "tick": tick(value)
+            else: results[rank] = value
+        if ended and not line.callers and len(results) < processes:
+            raise RuntimeError(f"job {name!r} failed: accelerate launch ended with exit code {process.returncode}; the last it said:\n{printed.read_text(errors='replace')[-3000:]}")
+    return results[0]
+
+# %% ../nbs/00a_jobs.ipynb #32a7b0d8
+def _end(process, line):
+    "End the processes of a job: they see that the line is cut, and the launcher sees that they are gone."
+    line.close()
+    try: process.wait(10)
+    except subprocess.TimeoutExpired: os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+# %% ../nbs/00a_jobs.ipynb #7a2bc1b4
 def run_parallel(
     jobs: dict,             # name -> (function of a module, its keyword arguments); the function also takes tick(n=1)
     workers: int = 1,       # processes; 1: in this process, one after the other
     total: int = None,      # ticks of all jobs together
     desc: str = "",         # the stage, for the bar
+    launch: str = "",       # arguments of `accelerate launch`, such as "--num_processes 8": one job after the other, each on the processes that it starts; what the first returns counts
 ) -> dict:                  # name -> what the function returned
-    "Run jobs, as many at a time as there are workers, under one progress bar. With several workers a job that fails raises RuntimeError with its name, with one its own error."
+    "Run jobs under one progress bar, as many at a time as there are workers. With several processes a job that fails raises RuntimeError with its name, with one its own error."
     with closing(progress(total=total, desc=desc)) as bar:
+        if launch: return {name: _launched(name, *job, launch, bar.update) for name, job in jobs.items()}
         if workers <= 1: return {name: function(**arguments, tick=bar.update) for name, (function, arguments) in jobs.items()}
         ticks, waiting, running, results = multiprocessing.get_context("spawn").Value("q", 0), list(jobs.items()), [], {}
         try:

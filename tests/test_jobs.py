@@ -1,5 +1,6 @@
 """Jobs side by side: results, errors, and that nothing outlives its parent."""
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -46,3 +47,79 @@ def test_workers_die_with_their_parent(tmp_path):
         time.sleep(0.1)
         if not Path(f"/proc/{worker}").exists() or "Z" in Path(f"/proc/{worker}/stat").read_text().split(")")[1].split()[0]: return
     pytest.fail("the worker outlived its parent")
+
+
+# ---- started by accelerate
+
+LAUNCH = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"   # on a CPU with ACCELERATE_USE_CPU
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def together(x, tick):
+    "What the processes have between them."
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+    state = PartialState(cpu=True)
+    for _ in range(x): tick()
+    return state.process_index, gather_object([10 * state.process_index + x]), int(torch.distributed.get_world_size())
+
+
+def second_fails(marker, tick):
+    from accelerate import PartialState
+    state = PartialState(cpu=True)
+    Path(f"{marker}.{state.process_index}.pid").write_text(str(os.getpid()))
+    state.wait_for_everyone()
+    if state.process_index == 1: raise FloatingPointError("the loss is nan at step 3")
+    state.wait_for_everyone()
+
+
+def both_sleep(marker, tick):
+    Path(f"{marker}.{os.environ['RANK']}.pid").write_text(str(os.getpid()))
+    time.sleep(120)
+
+
+def gone(pid): return not Path(f"/proc/{pid}").exists() or Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+def all_gone(folder):
+    "Whether all processes that left their number in a folder end within some seconds."
+    pids = [int(f.read_text()) for f in Path(folder).glob("*.pid")]
+    for _ in range(100):
+        if all(map(gone, pids)): return len(pids)
+        time.sleep(0.1)
+
+
+def test_launched_jobs_run_on_all_processes_one_after_the_other(on_cpu, capsys):
+    assert run_parallel({str(x): (together, {"x": x}) for x in (2, 3)}, workers=2, total=5, desc="both", launch=LAUNCH) == {str(x): (0, [x, 10 + x], 2) for x in (2, 3)}
+    assert "both: 100%" in capsys.readouterr().err   # the first process's ticks alone
+
+
+def test_an_error_in_one_process_ends_all_and_names_it(on_cpu, tmp_path):
+    with pytest.raises(RuntimeError, match=r"(?s)job 'random-0' failed in process 1 of 2: Traceback.*second_fails.*FloatingPointError: the loss is nan at step 3"):
+        run_parallel({"random-0": (second_fails, {"marker": str(tmp_path / "w")}), "never": (together, {"x": 1})}, launch=LAUNCH)
+    assert all_gone(tmp_path) == 2
+
+
+def test_a_killed_process_and_a_wrong_launch_say_what_happened(on_cpu):
+    with pytest.raises(RuntimeError, match=r"(?s)job 'b' failed: accelerate launch ended with exit code 1.*exitcode.*: 9"): run_parallel({"b": (die, {})}, launch=LAUNCH)
+    with pytest.raises(RuntimeError, match=r"(?s)job 'b' failed: accelerate launch ended with exit code 2.*unrecognized arguments.*--num_proceses"): run_parallel({"b": (die, {})}, launch="--num_proceses 2")
+
+
+@pytest.mark.parametrize("how", ["killed", "interrupted"])
+def test_launched_processes_die_with_their_parent(on_cpu, tmp_path, how):
+    marker = str(tmp_path / "worker")
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_jobs as t; t.run_parallel({{'nap': (t.both_sleep, {{'marker': {marker!r}}})}}, launch=t.LAUNCH)"
+    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(tmp_path)})
+    until = time.time() + 120
+    while len(list(tmp_path.glob("*.pid"))) < 2 and time.time() < until: time.sleep(0.1)
+    time.sleep(0.5)
+    parent.kill() if how == "killed" else parent.send_signal(signal.SIGINT)
+    error = parent.communicate()[1]
+    assert all_gone(tmp_path) == 2
+    if how == "interrupted": assert "KeyboardInterrupt" in error and not list(tmp_path.glob("emt-*"))   # and nothing is left behind
