@@ -432,6 +432,19 @@ def test_variants_of_a_question_are_one_piece_of_evidence():
     assert np.allclose(once.p, 2 * .5**8) and np.allclose(many.p, 2 * .5**8) and many.groups.tolist() == [20] * 6 and many.questions.tolist() == [20] * 5 + [100] and many.won["all"] == 40
 
 
+def test_3dsrbench_is_compared_by_things_and_not_by_variants(tmp_path):
+    "48 rows are 12 things; two things known in all their four variants are two pieces of evidence and not eight."
+    write_3dsr(tmp_path / "3dsrbench_v1_vlmevalkit_circular.tsv")
+    spec, folders = {"reader": "3dsrbench", "path": str(tmp_path)}, {"base": tmp_path / "a", "after": tmp_path / "b"}
+    questions = list(open_source(benchmark_spec(spec)))
+    for name, folder in folders.items():
+        folder.mkdir()
+        knows = lambda q: name == "after" and q.meta["group"] in ("QID00000", "QID00002")
+        (folder / "3dsrbench.jsonl").write_text("".join(json.dumps(dict(id=q.id, answer=q.answer if knows(q) else "none")) + "\n" for q in questions))
+    row = judge_all([spec], folders)[2].set_index("task").loc["all"]
+    assert (row.questions, row.groups, row.won, row.lost) == (48, 12, 8, 0) and np.isclose(row.p, 2 * .5**2) and row.low == 0
+
+
 def test_words_and_figure_tell_the_same():
     before, better, worse = graded([0] * 30 + [1] * 70), graded([0] * 10 + [1] * 90), graded([0] * 60 + [1] * 40)
     tables = {"base": before, "random-0": better, "proximity-0": worse, "same": before}
