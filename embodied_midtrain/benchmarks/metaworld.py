@@ -220,11 +220,12 @@ class Decided(Expert):
 def evaluate_bounds(task: str,             # one of INSTRUCTIONS
                     episodes: int = 20,    # test episodes
                     batch: int = 5,        # simulators at a time
+                    predictors: tuple = ("expert", "decided gripper", "random actions"),
                     tick=lambda n=1: None, # called with the episodes played, for a progress bar
                     ) -> pd.DataFrame:     # benchmark, task, predictor, episode, success, steps
     "The scripted expert, the same with a decided gripper, and random actions on a task's test episodes."
-    env, tables = Metaworld(task, 0, image_size=16), []
-    for name, predictor in {"expert": Expert, "decided gripper": Decided, "random actions": lambda env: RandomActions()}.items():
+    env, tables, known = Metaworld(task, 0, image_size=16), [], {"expert": Expert, "decided gripper": Decided, "random actions": lambda env: RandomActions()}
+    for name, predictor in {name: known[name] for name in predictors}.items():
         for start in range(0, episodes, batch):
             env.restart(range(start, min(start + batch, episodes)))
             played = run_episodes(_Blind(env), predictor(env))

@@ -27,7 +27,7 @@ site=$("$env/bin/python" -c "import sysconfig; print(sysconfig.get_paths()['pure
 printf '%s\n%s\n' "$calvin/calvin_models" "$calvin_env" > "$site/calvin.pth"
 
 # the configuration of the scene, which otherwise comes with the data set
-"$env/bin/python" - "$calvin_env" "$env/scene_D" <<'PYTHON'
+"$env/bin/python" -W ignore - "$calvin_env" "$env/scene_D" <<'PYTHON'
 import sys
 from pathlib import Path
 from hydra import compose, initialize_config_dir
@@ -41,5 +41,5 @@ for name in set(config.cameras) - {"static", "gripper"}: del config.cameras[name
 OmegaConf.save(config, out / ".hydra" / "merged_config.yaml")
 PYTHON
 
-echo "ready: emt evaluate POLICY --benchmark calvin --python $env/bin/python --set dataset_path=$env/scene_D"
-[ $# -lt 4 ] || exec "${EMT:-emt}" evaluate "$4" --benchmark calvin --python "$env/bin/python" --episodes "${5:-1}" --set "dataset_path=$env/scene_D"
+echo "ready: emt evaluate POLICY --benchmark calvin --python $env/bin/python --param dataset_path=$env/scene_D"
+[ $# -lt 4 ] || exec "${EMT:-emt}" evaluate "$4" --benchmark calvin --python "$env/bin/python" --episodes "${5:-1}" --workers 1 --param "dataset_path=$env/scene_D"
