@@ -21,7 +21,7 @@ from .core import Stage, _remove, readable, stable_hash, write_table
 from .selection import ARM_COLOUR, fetch_by_id
 from .sources.base import open_sources
 from .tabletop.pool import TabletopSource
-from .train import TIMES, Batches, Prepared, batch_order, batches_needed, in_pieces, processes, together, train
+from .train import TIMES, Batches, Prepared, batch_order, batches_needed, in_pieces, processes, shared_stage, train
 
 # %% ../nbs/09a_midtrain.ipynb #5a2fdd48
 def midtrain(
@@ -123,7 +123,7 @@ def midtrain_arm(
     p = stage.parameters
     training = {k: p[k] for k in ("steps", "lr", "batch_size", "tokens", "sequence_length", "accumulation", "seed", "optimizer", "schedule", "warmup", "weight_decay", "beta2", "precision", "freeze", "save_every")}
     how = dict(workers=loader, checkpointing=checkpointing, tracker=tracker or None, tracker_folder=stage.run / "trackers" / stage.name)
-    with together(stage) as main:
+    with shared_stage(stage) as main:
         sources = open_sources(pool)
         found = fetch_by_id(pd.concat([chosen, held_out]), sources)
         backbone, others = load_backbone(start, revision), [found[i] for i in held_out.id]

@@ -27,7 +27,7 @@ from .backbone import Backbone, load_backbone
 from .core import Stage, _remove, atomic_path, file_hash, generator, own_files, read_json, seed_for, unknown, write_json, write_table
 from .samples import IMAGE_MARK, ImageRef, Sample, turn
 from .sources.base import open_source
-from .train import TIMES, Batches, Prepared, batch_order, batches_needed, train
+from .train import TIMES, Batches, Prepared, batch_order, batches_needed, processes, shared_stage, train
 
 # %% ../nbs/10a_policy.ipynb #8d636189
 @dataclass(frozen=True)
@@ -364,14 +364,15 @@ def finetune_arm(
     "Fine-tune one policy and write its folder."
     p = stage.parameters
     part = lambda *names: {name: p[name] for name in names}
-    def keep(step, policy):
-        if step in (*p["checkpoints"], p["steps"]): save_policy(policy, stage.file(f"step-{step}"))
-    with stage:
+    keep = lambda step, policy: save_policy(policy, stage.file(f"step-{step}"))
+    with shared_stage(stage) as main:
         episodes = list(open_source(p["demos"]).episodes())
         normaliser = fit_normaliser(episodes, p["normaliser"], p["recipe"])
         policy = Policy(load_backbone(start, revision), normaliser, **part("chunk", "head", "hidden", "prompt", "system", "resize", "recipe", "augment", "seed"))
-        log = finetune(policy, episodes, state=stage.file("state"), on_step=keep, tick=tick, workers=loader, checkpointing=checkpointing, tracker=tracker or None, tracker_folder=stage.run / "trackers", detail=True,
-                       **part("steps", "lr", "batch_size", "head_rate", "gripper_weight", "accumulation", "seed", "optimizer", "schedule", "warmup", "weight_decay", "beta2", "freeze", "precision", "save_every"))
+        log = finetune(policy, episodes, state=stage.file("state"), on_step=keep, at=[*p["checkpoints"], p["steps"]], tick=tick, workers=loader, checkpointing=checkpointing, tracker=tracker or None,
+                       tracker_folder=stage.run / "trackers" / stage.name, detail=True, **part("steps", "lr", "batch_size", "head_rate", "gripper_weight", "accumulation", "seed", "optimizer", "schedule", "warmup", "weight_decay", "beta2", "freeze", "precision", "save_every"))
+        if not main: return
         write_table(log.drop(columns=TIMES), stage.file("log.parquet"))  # times differ from run to run: they stand in the manifest
-        stage.count(episodes=len(episodes), frames=sum(map(len, episodes)))
+        many = processes().num_processes
+        stage.count(episodes=len(episodes), frames=sum(map(len, episodes)), **({"processes": many} if many > 1 else {}))
         _remove(stage.file("state"))

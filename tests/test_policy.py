@@ -11,14 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from transformers import AutoModelForImageTextToText, Qwen3VLConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from embodied_midtrain.actions import ActionNormaliser
 from embodied_midtrain.backbone import TEMPLATE, Backbone, load_backbone, tiny_backbone, tiny_tokenizer
 from embodied_midtrain.core import Stage, file_hash, generator, read_json, read_table, write_json
+from embodied_midtrain.jobs import run_parallel
 from embodied_midtrain.policy import AUGMENT, HEADS, RECIPES, WHY, ActionHead, Changing, Frames, Policy, action_loss, cropped, differences, finetune, finetune_arm, fit_normaliser, jittered, load_policy, query_states, save_policy, shifted
 from embodied_midtrain.samples import Episode, ImageRef
+from embodied_midtrain.train import processes
 
 torch.set_num_threads(1)  # sums are split by threads: a killed process and its successor need the same number to agree to the last bit
 WORDS = ["touch the apple", "push the old jar to the left", "what action should the robotic arm take to"]
@@ -418,3 +421,31 @@ def test_a_loss_that_is_not_finite_names_its_frames():
     policy = Policy(internvl(), NORMALISER, chunk=3, hidden=32, seed=2)
     with torch.no_grad(): policy.query.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="made/[0-3]/[0-4]"): finetune(policy, episodes(), steps=1, lr=1e-3, batch_size=3)
+
+
+# ---- several processes
+
+LAUNCH = "{} --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"   # on a CPU with ACCELERATE_USE_CPU
+WAYS = {"side by side": "--multi_gpu", "in pieces": "--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP"}
+
+
+def arm_of_several(run, cut, tick):
+    "What each process does."
+    torch.set_num_threads(1)
+    if cut: processes()._shared_state["distributed_type"] = DistributedType.MULTI_GPU   # accelerate offers FSDP to other devices only; torch's own works with CPUs
+    arm(run)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_policy_of_two_processes_equals_that_of_one(tmp_path, monkeypatch, way):
+    "Policies are kept on the way and at the end, whole, and by one process."
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true"), monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    one, two = (Stage(tmp_path / name, "policy/reach/base-0") for name in ("one", "two"))
+    arm(one.run, accumulation=2)
+    run_parallel({"base-0": (arm_of_several, dict(run=two.run, cut=way == "in pieces"))}, launch=LAUNCH.format(WAYS[way]))
+    assert two.manifest()["counts"] == one.manifest()["counts"] | {"processes": 2} and two.manifest()["files"].keys() == one.manifest()["files"].keys()
+    assert np.allclose(*(read_table(stage.file("log.parquet")).loss for stage in (one, two)), atol=1e-5)
+    for step in sorted(p.name for p in one.path.glob("step-*")):
+        ours, theirs = (load_policy(stage.file(step), device="cpu").state_dict() for stage in (one, two))
+        assert ours.keys() == theirs.keys()
+        for name in ours: torch.testing.assert_close(ours[name], theirs[name], atol=2e-4 if name.endswith("k_proj.bias") else 1e-5, rtol=0)   # the gradient of a key's bias is rounding, and AdamW makes steps of that
