@@ -101,7 +101,8 @@ def model_card(
              f"Left out, having more than {parameters['sequence_length']:,} tokens: {counts['longer_than_sequence_length']:,}.",
              _rows(("source", "selected", "share"), *((source, f"{n:,}", f"{n / len(chosen):.1%}") for source, n in share.items()))]
     if drawn: parts.append(f"Synthetic, pictures and texts drawn by a program (the tabletop of embodied-midtrain): {', '.join(drawn)}. What was learned from them says nothing about photographs.")
-    parts += ["## Hyperparameters", _rows(("parameter", "value"), *((k, readable(v)) for k, v in (parameters | {k: v for k, v in counts.items() if k == "processes"}).items())),
+    shown = {k: v for k, v in parameters.items() if k != "launch"} | {"processes": counts.get("processes", 1)}   # the files that `launch` may name are on one machine
+    parts += ["## Hyperparameters", _rows(("parameter", "value"), *((k, readable(v)) for k, v in shown.items())),
               "## Loss on held-out samples", "Nats an answer token, on samples that no selection could choose.",
               _rows(("source", "samples", "before", "after"), *((r.source, f"{r.samples:,}", f"{r.before:.4f}", f"{r.after:.4f}") for r in held_out.itertuples()))]
     return "\n\n".join(parts) + "\n"

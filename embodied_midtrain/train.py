@@ -210,6 +210,8 @@ def _accelerator(precision, accumulation, tracker, folder, settings):
         raise ImportError(f"the tracker {tracker!r} is not installed (pip install {tracker}), or accelerate does not know it; here are: {', '.join(there) or 'none'}")
     accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_steps=accumulation, log_with=tracker, project_dir=folder,
                               kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])  # a batch without pictures leaves the vision tower out
+    if (told := accelerator.gradient_accumulation_steps) != accumulation:   # the environment overrules us
+        raise ValueError(f"accelerate was started with gradient_accumulation_steps {told}, and this training has accumulation {accumulation}: make them the same")
     if tracker: accelerator.init_trackers("embodied-midtrain", {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in settings.items()})
     return accelerator
 

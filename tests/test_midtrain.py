@@ -138,7 +138,7 @@ def test_card_tells_what_the_folder_is_and_how_to_load_it(tmp_path):
     assert f"hash `{backbone_hash('tiny')}`" in card.text and f"hash of their ids `{stable_hash(list(IDS.id[:16]))}`" in card.text
     assert f"Trained on: {counts['trained']}." in card.text and f"more than 38 tokens: {counts['longer_than_sequence_length']}." in card.text and "tabletop of embodied-midtrain): mini-vcr." in card.text
     assert cells_of(card.text, "| source | selected | share |") == [["mini-vcr", "16", "100.0%"]]
-    assert dict(cells_of(card.text, "| parameter | value |")) == {k: readable(v) for k, v in manifest["parameters"].items()}
+    assert dict(cells_of(card.text, "| parameter | value |")) == {k: readable(v) for k, v in manifest["parameters"].items()} | {"processes": "1"}
     told = pd.read_parquet(stage.file("held_out.parquet"))
     assert cells_of(card.text, "| source | samples | before | after |") == [[r.source, str(r.samples), f"{r.before:.4f}", f"{r.after:.4f}"] for r in told.itertuples()]
     assert str(tmp_path) not in card.content and manifest["files"]["README.md"] == file_hash(stage.file("README.md"))

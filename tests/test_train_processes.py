@@ -111,6 +111,14 @@ def test_a_loss_that_is_not_finite_ends_every_process_and_is_named(tmp_path):
     assert ended.returncode != 0 and f"at step 2, samples {', '.join(f'u/{i}' for i in which)}; the last good state is none" in ended.stderr
 
 
+def test_accumulation_of_accelerate_must_be_ours(monkeypatch):
+    "Its launcher for DeepSpeed puts its own number into the environment, and that overrules the one we ask for."
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    with pytest.raises(ValueError, match="gradient_accumulation_steps 1, and this training has accumulation 2"): fit(2)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    assert len(fit(2)[0]) == STEPS
+
+
 FSDP = "--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"
 
 
