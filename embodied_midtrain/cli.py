@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'sources', 'run', 'profiles', 'show_status', 'export_selection', 'explore_run', 'compare_runs', 'list_sources',
-           'show_source', 'check_source', 'serve_folder', 'evaluate_policies', 'notebooks', 'main']
+           'show_source', 'check_source', 'serve_folder', 'evaluate_policies', 'see_doctor', 'notebooks', 'main']
 
 # %% ../nbs/13a_cli.ipynb #7ceb0ff9
 import os, shlex, sys, time
@@ -212,6 +212,20 @@ def _parameter(text: str) -> tuple:
     name, equals, value = text.partition("=")
     if not equals: raise ValueError(f"--param {text}: expected name=value, such as suite=B")
     return name, yaml.safe_load(value)
+
+# %% ../nbs/13a_cli.ipynb #ceba96bc
+@app.command("doctor")
+def see_doctor(
+    profile: Annotated[Optional[str], typer.Option(help="Also look for this profile's data.")] = None,
+    python: Annotated[Optional[str], typer.Option(help="The interpreter of an environment that has simulators.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+):
+    "Say what is there, what is not, and the command that mends it."
+    import json
+    from embodied_midtrain.doctor import doctor, findings_table
+    table = findings_table(doctor(load_profile(profile) if profile else None, python))
+    typer.echo(json.dumps(table.to_dict("records"), indent=2) if as_json else markdown_table(table.to_dict("records")))
+    if (table["state"] == "broken").any(): raise typer.Exit(1)
 
 # %% ../nbs/13a_cli.ipynb #435efd0b
 @app.command()

@@ -64,10 +64,10 @@ _ALL = [
               install='pip install "embodied-midtrain[metaworld]"'),
     Benchmark("calvin", (dict(benchmark="vla_eval.benchmarks.calvin.benchmark:CALVINBenchmark", episodes_per_task=1, max_steps=1800, params=dict(num_sequences=1000, seed=0)),),
               "ABC-D, 1,000 chains of 5 tasks, 360 steps each", 10, calvin_units, "rgb_static", ("calvin_env", "calvin_agent", "pybullet", "hydra", "torch"), ("pybullet", "numpy", "torch"),
-              "an environment of its own with calvin_env and calvin_agent (github.com/mees/calvin), then --python"),
+              "tests/simulators/calvin.sh makes an environment of its own, then --python"),
     Benchmark("libero_10", (dict(benchmark="vla_eval.benchmarks.libero.benchmark:LIBEROBenchmark", subname="libero_10", episodes_per_task=50, max_steps=520, params=dict(suite="libero_10", seed=7, env_seed=0)),),
               "10 tasks x 50 fixed initial states, 520 steps after 10 of settling", 4, gripper_closes, "agentview", ("libero", "robosuite", "mujoco", "torch"), ("hf-libero", "robosuite", "mujoco", "numpy"),
-              "an environment of its own with LIBERO and robosuite 1.4, then --python"),
+              "tests/simulators/libero.sh makes an environment of its own, then --python"),
     Benchmark("simpler_bridge", tuple(_bridge_entry(*task) for task in BRIDGE.items()), "4 tasks x 24 fixed configurations, 60 steps (eggplant 120), success at the last step", 4, axis_angle, "primary",
               ("simpler_env",), ("simpler-env", "mani-skill2-real2sim", "sapien", "numpy"), "an environment of its own with SimplerEnv, then --python"),
 ]
@@ -353,7 +353,7 @@ def success_table(
         tasks = dict(tuple(part.groupby("task", sort=False)))
         for task, episodes in [*(tasks.items() if 1 < len(tasks) <= 60 else ()), ("all", part)]:
             low, high = proportion_confint(episodes["success"].sum(), len(episodes), method="wilson")
-            rows.append(dict(policy="{}-{} step {}".format(*who), task=task, episodes=len(episodes), success=100 * episodes["success"].mean(), low=100 * low, high=100 * high, **episodes[more].mean()))
+            rows.append(dict(policy="{}-{} step {}".format(*who) if who[2] else who[0], task=task, episodes=len(episodes), success=100 * episodes["success"].mean(), low=100 * low, high=100 * high, **episodes[more].mean()))
     return pd.DataFrame(rows).round(1)
 
 # %% ../nbs/11d_evaluate.ipynb #c0c2301c

@@ -79,7 +79,7 @@ def test_rooms_of_arrays_and_tables_know_no_model():
 
 
 INSTALLED_AS = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn", "umap-learn": "umap"}
-COMES_ALONG = {"matplotlib": "seaborn", "nbformat": "nbconvert", "nbclient": "papermill", "huggingface_hub": "transformers", "tokenizers": "transformers", "IPython": "jupyterlab", "uvicorn": "embedding_atlas", **dict.fromkeys(("anyio", "msgpack", "websockets"), "vla_eval")}
+COMES_ALONG = {"matplotlib": "seaborn", "nbformat": "nbconvert", "nbclient": "papermill", "huggingface_hub": "transformers", "tokenizers": "transformers", "packaging": "transformers", "IPython": "jupyterlab", "uvicorn": "embedding_atlas", **dict.fromkeys(("anyio", "msgpack", "websockets"), "vla_eval")}
 
 
 def declared(*extras):

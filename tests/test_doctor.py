@@ -1,0 +1,105 @@
+"The doctor: what it finds is what is there, and its exit code tells only of a package that cannot work."
+import importlib.util, json, re, sys, tomllib
+from pathlib import Path
+
+import pytest
+
+from embodied_midtrain import doctor as module
+from embodied_midtrain.cli import main
+from embodied_midtrain.doctor import EXTRAS, doctor, findings_table, look_at_benchmarks, look_at_core, look_at_data, look_at_extras, look_at_machine
+from embodied_midtrain.evaluate import BENCHMARKS
+from embodied_midtrain.pipeline import load_profile
+
+ROOT = Path(__file__).parent.parent
+
+
+def named(findings): return {finding.what: finding for finding in findings}
+
+
+def test_this_environment_is_whole():
+    "The tests run in the environment of CI, which has the core."
+    assert not [finding for finding in look_at_core() if finding.state == "broken"]
+
+
+def test_requirements_that_are_not_met_are_broken_and_say_the_command(tmp_path):
+    found = named(look_at_core(["numpy>=99", "no-such-package>=1", "pandas>=1", 'nbdev>=99; extra == "dev"'], tmp_path / "none"))
+    assert set(found) == {"Python", "numpy", "no-such-package"}
+    assert (found["numpy"].state, found["numpy"].mend, found["no-such-package"].found) == ("broken", 'pip install "numpy>=99"', "not installed")
+
+
+def test_versions_that_were_not_tested_are_told(tmp_path):
+    (tmp_path / "constraints.txt").write_text("# tested\nnumpy==0.1\nnot-installed==1\n")
+    found = look_at_core([], tmp_path / "constraints.txt")[-1]
+    assert found.state == "missing" and re.fullmatch(r"numpy \S+ \(tested: 0.1\)", found.found)
+    import numpy
+    (tmp_path / "constraints.txt").write_text(f"numpy=={numpy.__version__}\n")
+    assert look_at_core([], tmp_path / "constraints.txt")[-1].state == "ok"
+
+
+def test_the_machine_is_told_as_it_is(tmp_path):
+    import ctypes.util, shutil, torch
+    found = named(look_at_machine(tmp_path))
+    assert (found["GPU"].state == "ok") == torch.cuda.is_available() and (found["EGL"].state == "ok") == bool(ctypes.util.find_library("EGL"))
+    assert (found["disk"].state == "ok") == (shutil.disk_usage(tmp_path).free > 1e10)
+
+
+def test_a_bare_machine_is_told_what_to_install(monkeypatch):
+    "Where the real thing cannot be taken away: finders that find nothing, a disk that is full, a torch that does not load."
+    monkeypatch.setattr(module.ctypes.util, "find_library", lambda name: None)
+    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: type("Disk", (), {"free": 10**9}))
+    monkeypatch.setitem(sys.modules, "torch", None)
+    found = named(look_at_machine())
+    assert found["torch"].state == "broken" and {finding.state for what, finding in found.items() if what != "torch"} == {"missing"}
+    assert "libegl1" in found["EGL"].mend and "libosmesa6" in found["OSMesa"].mend and "mesa-vulkan-drivers" in found["Vulkan"].mend and "chromium" in found["browser"].mend and found["disk"].found == "1 GB free"
+
+
+def test_extras_are_those_of_the_package():
+    "Each extra of pyproject.toml that a user may want, and modules that it really brings."
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(EXTRAS) == set(wanted) - {"dev"}
+    for extra, modules in EXTRAS.items():
+        assert {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in wanted[extra]} == set(modules)
+
+
+def test_an_extra_that_is_missing_says_the_command(monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name, *rest: None if name == "h5py" else real(name, *rest))
+    found = named(look_at_extras())["robots"]
+    assert (found.state, found.found, found.mend) == ("missing", "lacks h5py", 'pip install "embodied-midtrain[robots]"')
+
+
+def test_benchmarks_are_told_where_they_live(tmp_path):
+    found = named(look_at_benchmarks())
+    assert set(found) == set(BENCHMARKS) and found["tabletop"].state == "ok" and "vla-eval" in found["tabletop"].found
+    for name in "calvin", "libero_10", "simpler_bridge": assert found[name].state == "ok" or found[name].mend
+    with pytest.raises(ValueError, match="path of an interpreter"): look_at_benchmarks(str(tmp_path / "python"))
+
+
+def test_data_of_a_profile_are_looked_for(tmp_path):
+    (tmp_path / "chats.json").write_text("[]")
+    (tmp_path / "empty").mkdir()
+    sources = [{"reader": "llava", "path": "{data}/chats.json"}, {"reader": "cc12m", "path": "{data}/empty"}, {"reader": "cc12m", "path": "{data}/gone"}, {"reader": "tabletop", "name": "mini-vcr"}]
+    found = named(look_at_data({"data": [str(tmp_path / "no"), str(tmp_path)], "stages": {"features": {"pool": sources, "demos": {"a": sources[0]}}}}))
+    assert {what: finding.state for what, finding in found.items()} == {"{data}/chats.json": "ok", "{data}/empty": "missing", "{data}/gone": "missing"}
+    assert str(tmp_path / "gone") in found["{data}/gone"].mend
+
+
+def test_data_of_the_shipped_profiles_are_all_found_in_their_parameters():
+    assert len(look_at_data(load_profile("paper"))) > 10 and look_at_data(load_profile("micro")) == []
+
+
+def test_the_command_prints_a_table_or_json_and_fails_only_for_a_broken_core(capsys, monkeypatch):
+    assert main(["doctor", "--profile", "paper"]) == 0
+    printed = capsys.readouterr().out
+    assert "| core" in printed and "| benchmarks" in printed and "{data}/cc12m" in printed
+    assert main(["doctor", "--json"]) == 0
+    assert {"part", "what", "state", "found", "mend"} == set(json.loads(capsys.readouterr().out)[0])
+    monkeypatch.setattr(module, "look_at_core", lambda: look_at_core(["numpy>=99"]))
+    assert main(["doctor"]) == 1 and 'pip install "numpy>=99"' in capsys.readouterr().out
+
+
+def test_everything_that_is_not_there_can_be_mended():
+    table = findings_table(doctor())
+    absent = table[(table["state"] != "ok") & (table["what"] != "GPU")]
+    assert (absent["mend"] != "").all()
