@@ -15,13 +15,10 @@ import time
 
 import pandas as pd
 
-from embodied_midtrain.actions import ActionNormaliser
-from embodied_midtrain.backbone import load_backbone
 from embodied_midtrain.benchmarks.base import versions
 from embodied_midtrain.benchmarks.metaworld import GROUPS, Metaworld, choose_gl, evaluate_bounds, tasks_of
 from embodied_midtrain.core import read_json, write_json
 from embodied_midtrain.jobs import run_parallel
-from embodied_midtrain.policy import Policy
 
 TASKS = ("drawer-open-v3", "hammer-v3", "assembly-v3", "stick-pull-v3")
 STEPS, ROUNDS = 40, 5
@@ -50,6 +47,9 @@ def rates(size, workers):
 
 def share(size):
     "Seconds that simulator, pictures and policy take of an episode of 40 steps, chunks of four."
+    from embodied_midtrain.actions import ActionNormaliser
+    from embodied_midtrain.backbone import load_backbone
+    from embodied_midtrain.policy import Policy   # here: the processes of the other parts need no torch
     policy = Policy(load_backbone("tiny", device="cpu"), ActionNormaliser((-1,) * 6, (1,) * 6), chunk=4, head="small", hidden=256)
     env, spent = Metaworld(TASKS[0], 1, size), dict.fromkeys(("simulator", "pictures", "policy"), 0.)
     policy.act(list(env.render()), env.instructions)
