@@ -116,14 +116,14 @@ def midtrain_arm(
     chosen: pd.DataFrame,   # id, source: what to train on
     held_out: pd.DataFrame, # id, source: what to measure on
     tick: Callable = lambda n=1: None,
-    loader: int = 0,        # threads that make batches ahead
+    threads: int = 0,       # threads that make batches ahead
     checkpointing: bool = False,
     tracker: str = "",
 ) -> None:
     "Mid-train one backbone and write its folder."
     p = stage.parameters
     training = {k: p[k] for k in ("steps", "lr", "batch_size", "tokens", "sequence_length", "accumulation", "seed", "optimizer", "schedule", "warmup", "weight_decay", "beta2", "precision", "freeze", "save_every")}
-    how = dict(workers=loader, checkpointing=checkpointing, tracker=tracker or None, tracker_folder=stage.run / "trackers" / stage.name)
+    how = dict(workers=threads, checkpointing=checkpointing, tracker=tracker or None, tracker_folder=stage.run / "trackers" / stage.name)
     with shared_stage(stage) as main:
         sources = open_sources(pool)
         found = fetch_by_id(pd.concat([chosen, held_out]), sources)

@@ -17,13 +17,14 @@ from .core import unknown
 SCHEDULES = {
     "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)),
     "linear-tail": lambda t: min(1.0, (1 - t) / 0.35),
+    "constant": lambda t: 1.0,
 }
 
 # %% ../nbs/08g_optimizers.ipynb #9b6a24ef
 def rate(
     step: int,              # 0 ... steps - 1
     steps: int,             # of the whole run
-    schedule: str,          # "cosine" or "linear-tail"
+    schedule: str,          # one of SCHEDULES
     warmup: float = 0,      # steps; below 1: a share of the run
 ) -> float:                 # factor on the peak learning rate
     "The learning rate of a step as a share of its peak. Raises ValueError for an unknown schedule."

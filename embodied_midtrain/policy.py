@@ -224,7 +224,7 @@ class Policy(nn.Module):
         instructions: list,     # B strings
     ) -> np.ndarray:            # (B, n, 7): the next n actions, in the robot's units; gripper 1 = open
         "A chunk of actions for each picture and its instruction: one forward pass for all, without logits."
-        self.eval()
+        if self.training: self.eval()   # it visits every module
         inputs = self.backbone.batch([self.sample(ImageRef(array=image), text, acting=True) for image, text in zip(images, instructions, strict=True)])
         arm, gripper = self(inputs)
         return self.normaliser.decode(torch.cat([arm, (gripper > 0)[..., None]], -1).cpu().numpy())
@@ -259,6 +259,7 @@ def save_policy(
 def load_policy(
     folder: str | Path,
     device: str = None,     # default: a GPU when there is one
+    dtype: str = "float32", # of the backbone; "bfloat16" acts faster on a GPU
 ) -> Policy:                # ready to act
     "Load a policy. Raises FileNotFoundError when there is none, ValueError when a file, or the normaliser in it, is not the one that it was saved with."
     folder = Path(folder)
@@ -270,7 +271,7 @@ def load_policy(
     normaliser = ActionNormaliser.load(folder / "normaliser.json")
     if normaliser.hash != made.get("normaliser"):
         raise ValueError(f"{folder / 'normaliser.json'} scales actions otherwise (hash {normaliser.hash}) than the policy was trained with ({made.get('normaliser', 'not recorded')} in policy.json): copy the whole folder again, or fine-tune it again")
-    policy = Policy(load_backbone(str(folder.absolute()), device=device), normaliser, **made["settings"])
+    policy = Policy(load_backbone(str(folder.absolute()), dtype=dtype, device=device), normaliser, **made["settings"])
     policy.load_state_dict(policy.vlm.state_dict(prefix="vlm.") | load_file(folder / "head.safetensors"))
     return policy.eval()
 
@@ -356,7 +357,7 @@ def finetune_arm(
     stage: Stage,           # policy/<task>/<arm>-<seed>; its parameters are the notebook's, with `seed` and `demos` (one source spec)
     start: str,             # folder, hub id or name of the backbone to start from
     revision: str = None,   # of a hub id
-    loader: int = 0,        # threads that make batches ahead of time
+    threads: int = 0,       # threads that make batches ahead of time
     checkpointing: bool = False,  # compute activations again instead of keeping them
     tracker: str = "",      # a name that accelerate knows
     tick: Callable = lambda n=1: None,
@@ -369,7 +370,7 @@ def finetune_arm(
         episodes = list(open_source(p["demos"]).episodes())
         normaliser = fit_normaliser(episodes, p["normaliser"], p["recipe"])
         policy = Policy(load_backbone(start, revision), normaliser, **part("chunk", "head", "hidden", "prompt", "system", "resize", "recipe", "augment", "seed"))
-        log = finetune(policy, episodes, state=stage.file("state"), on_step=keep, at=[*p["checkpoints"], p["steps"]], tick=tick, workers=loader, checkpointing=checkpointing, tracker=tracker or None,
+        log = finetune(policy, episodes, state=stage.file("state"), on_step=keep, at=[*p["checkpoints"], p["steps"]], tick=tick, workers=threads, checkpointing=checkpointing, tracker=tracker or None,
                        tracker_folder=stage.run / "trackers" / stage.name, detail=True, **part("steps", "lr", "batch_size", "head_rate", "gripper_weight", "accumulation", "seed", "optimizer", "schedule", "warmup", "weight_decay", "beta2", "freeze", "precision", "save_every"))
         if not main: return
         write_table(log.drop(columns=TIMES), stage.file("log.parquet"))  # times differ from run to run: they stand in the manifest

@@ -255,7 +255,7 @@ def train(
     lr: float,                      # peak learning rate
     *,
     optimizer: str = "adamw",       # or "muon"
-    schedule: str = "cosine",       # or "linear-tail"
+    schedule: str = "cosine",       # or "linear-tail", "constant"
     warmup: float = 0,              # steps; below 1: a share of the run
     weight_decay: float = 0.0,
     beta2: float = 0.999,           # of AdamW

@@ -160,7 +160,7 @@ def test_card_names_a_hub_model_as_base():
 
 def test_batches_by_tokens_threads_and_recomputed_activations(tmp_path):
     how = {"tokens": 200, "steps": 4}
-    plain, ahead = arm(tmp_path / "plain", parameters=how), arm(tmp_path / "ahead", parameters=how, loader=2, checkpointing=True)
+    plain, ahead = arm(tmp_path / "plain", parameters=how), arm(tmp_path / "ahead", parameters=how, threads=2, checkpointing=True)
     assert plain.manifest()["files"] == ahead.manifest()["files"]   # who makes a batch, and whether activations are kept, changes nothing
     log = pd.read_parquet(plain.file("log.parquet"))
     assert log.padded.max() <= 200 and (log.tokens <= log.padded).all() and not {"seconds", "data_seconds"} & set(log.columns)

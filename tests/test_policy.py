@@ -390,7 +390,7 @@ def test_killed_arm_equals_an_uninterrupted_one(tmp_path, augment, kills):
 
 def test_threads_and_checkpointing_change_nothing(tmp_path):
     "How batches are made and where activations come from is no part of what is learned: to the bit, and the log holds no times."
-    plain, other = arm(tmp_path / "plain"), arm(tmp_path / "other", how=dict(loader=2, checkpointing=True))
+    plain, other = arm(tmp_path / "plain"), arm(tmp_path / "other", how=dict(threads=2, checkpointing=True))
     assert plain.key == other.key and plain.manifest()["files"] == other.manifest()["files"]
     log = read_table(plain.file("log.parquet"))
     assert {"loss", "tokens", "padded"} <= set(log.columns) and not [c for c in log.columns if "seconds" in c] and (log.tokens <= log.padded).all()
