@@ -17,8 +17,10 @@ from typing import Callable
 import numpy as np
 import pandas as pd
 
-from .core import Stage, file_hash, folder_hash, progress, read_table, stable_hash, unknown, write_json, write_table
+from .benchmarks.base import versions
+from .core import Stage, folder_hash, progress, read_table, stable_hash, unknown, write_json, write_table
 from .serve import need_vla_eval, policy_server, serving
+from .stats import wilson
 
 # %% ../nbs/11d_evaluate.ipynb #7088a2e2
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def probe(
     given, python = python, interpreter(python)
     asked = [["vla_eval", *benchmark.needs], ["vla-eval", *benchmark.versions], [entry["benchmark"].split(":")[0] for entry in benchmark.entries]]
     try:
-        with _lent(python) as env: answer = subprocess.run([python, "-c", _PROBE, json.dumps(asked)], capture_output=True, text=True, env=env, timeout=120)
+        with _lent(python) as env: answer = subprocess.run([python, "-c", _PROBE, json.dumps(asked)], capture_output=True, text=True, env=env, timeout=120, cwd=os.sep)   # not in a folder whose files could pass for packages
     except OSError as error: raise ValueError(f"--python {given}: {error.strerror}: the path of an interpreter is wanted, such as simulator/bin/python") from None
     if answer.returncode: raise ValueError(f"--python {given} is no Python that works: {answer.stderr.strip()[-300:]}")
     return json.loads(answer.stdout)
@@ -137,7 +139,7 @@ def _lent(python: str):
     import embodied_midtrain
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONHOME", "PYTHONPATH")} | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     if python == sys.executable:
-        yield env | {"PYTHONPATH": os.pathsep.join([*filter(None, sys.path), os.getcwd()])}   # a benchmark of one's own may lie in the folder one is in
+        yield env | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, [*filter(None, sys.path), "."]))}   # a benchmark of one's own may lie in the folder one is in
         return
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "embodied_midtrain").symlink_to(Path(embodied_midtrain.__file__).parent, target_is_directory=True)
@@ -233,7 +235,7 @@ def _round(command: list, folder: Path, recording: Path, python: str, workers: i
             while any(process.poll() is None for process in running):
                 time.sleep(0.2)
                 done, bar.total = _progress(recording)
-                bar.update(done - bar.n)
+                if done != bar.n: bar.update(done - bar.n)
         finally:
             for process in running: process.terminate()
             for process in running: process.wait()
@@ -338,21 +340,21 @@ def _load_policy(folder):
 
 def _complete(table, benchmark: str, facts: dict, inputs: dict, there: dict) -> pd.DataFrame:
     "The columns that say who played what, and with which versions."
-    front = dict(benchmark=benchmark, **facts, policy_hash=inputs["policy"], benchmark_hash=stable_hash(there.get("files", {})), versions=", ".join(f"{k} {v}" for k, v in there.get("versions", {}).items()))
-    return table.assign(**front)[["benchmark", "task", "arm", "seed", "step", "episode", *[c for c in table if c not in ("task", "episode")], "policy_hash", "benchmark_hash", "versions"]]
+    ours = versions("embodied-midtrain", "vla-eval", "torch", "transformers", "numpy")
+    front = dict(benchmark=benchmark, **facts, policy_versions=ours, policy_hash=inputs["policy"], benchmark_hash=stable_hash(there.get("files", {})), versions=", ".join(f"{k} {v}" for k, v in there.get("versions", {}).items()))
+    return table.assign(**front)[["benchmark", "task", "arm", "seed", "step", "episode", *[c for c in table if c not in ("task", "episode")], "policy_hash", "policy_versions", "benchmark_hash", "versions"]]
 
 # %% ../nbs/11d_evaluate.ipynb #0a8957ad
 def success_table(
     table: pd.DataFrame,    # episodes of one or several policies
 ) -> pd.DataFrame:          # policy, task, episodes, success, from, to (in percent), and the mean of every other metric
     "Success per policy and task."
-    from statsmodels.stats.proportion import proportion_confint
     known, rows = {"success", "seed", "step", "episode", "steps", "seconds", "task_index"}, []
     more = [c for c in table.select_dtypes("number") if c not in known]
     for who, part in table.groupby(["arm", "seed", "step"], sort=False):
         tasks = dict(tuple(part.groupby("task", sort=False)))
         for task, episodes in [*(tasks.items() if 1 < len(tasks) <= 60 else ()), ("all", part)]:
-            low, high = proportion_confint(episodes["success"].sum(), len(episodes), method="wilson")
+            low, high = wilson(episodes["success"].sum(), len(episodes))
             rows.append(dict(policy="{}-{} step {}".format(*who) if who[2] else who[0], task=task, episodes=len(episodes), success=100 * episodes["success"].mean(), low=100 * low, high=100 * high, **episodes[more].mean()))
     return pd.DataFrame(rows).round(1)
 

@@ -61,7 +61,7 @@ def test_a_row_says_what_it_is(policy, tmp_path):
     assert table.columns.tolist()[:8] == ["benchmark", "task", "arm", "seed", "step", "episode", "entry", "task_index"] and len(table) == COUNT
     first = table.iloc[0]
     assert (first["benchmark"], first["task"], first["arm"], first["seed"], first["step"]) == ("tabletop", "reach", "proximity", 0, 9)
-    assert first["policy_hash"] == folder_hash(policy("proximity", 1)) and re.fullmatch("[0-9a-f]{16}", first["benchmark_hash"]) and "vla-eval 0.8" in first["versions"]
+    assert first["policy_hash"] == folder_hash(policy("proximity", 1)) and re.fullmatch("[0-9a-f]{16}", first["benchmark_hash"]) and "vla-eval 0.8" in first["versions"] and "torch" in first["policy_versions"]
     assert first["instruction"] == fixed_episodes("reach", COUNT).instructions[0] and table["start"].nunique() == COUNT
 
 
@@ -187,7 +187,7 @@ def test_a_benchmark_in_another_python_gives_the_same_episodes(policy, tmp_path,
     monkeypatch.chdir(simulator.parent.parent)
     there = evaluate(policy(), tabletop(), tmp_path / "there", python="bin/python", workers=2, videos=0, load=load)
     assert rows(there).drop(columns=["seconds", "versions"]).equals(here.drop(columns=["seconds", "versions"]))
-    assert (tmp_path / "there").resolve() not in Path.cwd().parents and "vla-eval" in rows(there)["versions"][0]
+    assert "vla-eval" in rows(there)["versions"][0]
 
 
 def test_a_python_that_is_none_is_an_error(tmp_path):
