@@ -138,6 +138,13 @@ class Encoded:
     labels: np.ndarray  # (T,) int64, -100 outside the assistant's turns
 
 # %% ../nbs/04_backbone.ipynb #9e92dba9
+def _encode(backbone, samples, image_tokens, answers):
+    said = [(*((m["role"], m["content"]) for m in sample.messages), *counts) for sample, counts in zip(samples, image_tokens)]
+    first = {text: i for i, text in reversed(list(enumerate(said)))}  # the frames of a robot share a few texts: each is encoded once
+    tokens = backbone.tokenizer([backbone.prompt(samples[i], answers) for i in first.values()], add_special_tokens=False, return_offsets_mapping=True)
+    made = {text: _encoded(backbone, samples[i], ids, offsets, image_tokens[i], answers) for (text, i), ids, offsets in zip(first.items(), tokens["input_ids"], tokens["offset_mapping"])}
+    return [made[text] for text in said]
+
 def _encoded(backbone, sample, ids, offsets, counts, answers):
     tokenizer, family = backbone.tokenizer, backbone.family
     ids, starts = np.array(ids, np.int64), np.array([start for start, _ in offsets])
@@ -228,8 +235,7 @@ class Backbone:
 
     def encode(self, samples: list, image_tokens: list, answers: bool = False) -> list:
         "Token ids and labels, one `Encoded` a sample; image_tokens is one list a sample, how many tokens each of its images has."
-        tokens = self.tokenizer([self.prompt(sample, answers) for sample in samples], add_special_tokens=False, return_offsets_mapping=True)
-        return [_encoded(self, *row, answers) for row in zip(samples, tokens["input_ids"], tokens["offset_mapping"], image_tokens)]
+        return _encode(self, samples, image_tokens, answers)
 
     def collate(self, encoded: list, pixels: dict) -> dict:
         "Right-padded tensors on the model's device: input_ids, attention_mask and labels (B, T), and the pixels, which arrive as 8-bit numbers and become the model's there."

@@ -109,10 +109,7 @@ class Prepared:
     ):
         self.backbone, self.samples = backbone, samples if answers else [sample.asked() for sample in samples]
         counts = image_tokens(backbone, self.samples)
-        words = [(*((m["role"], m["content"]) for m in sample.messages), *count) for sample, count in zip(self.samples, counts)]
-        first = {text: i for i, text in reversed(list(enumerate(words)))}  # the frames of a robot share a few texts: each is encoded once
-        made = dict(zip(first, backbone.encode([self.samples[i] for i in first.values()], [counts[i] for i in first.values()], answers)))
-        self.encoded = [made[text] for text in words]
+        self.encoded = backbone.encode(self.samples, counts, answers)
 
     @property
     def lengths(self) -> np.ndarray:

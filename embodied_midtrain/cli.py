@@ -172,14 +172,23 @@ def serve_folder(
     policy: Annotated[Path, typer.Argument(help="Folder with policy.json, such as <run>/policy/<task>/<arm>-<seed>/step-<n>.")],
     host: Annotated[str, typer.Option(help="Where it listens; another than this is open to others, and asks nobody for a password.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any free one.")] = 8000,
-    execute: Annotated[int, typer.Option(help="Actions carried out of each chunk; 0: all.")] = 0,
+    benchmark: Annotated[Optional[str], typer.Option(help="Speak this benchmark's actions (calvin, libero_10, ...), see its camera and carry out as many actions as its protocol; by default this package's own.")] = None,
+    execute: Annotated[Optional[int], typer.Option(help="Actions carried out of each chunk; 0: all.")] = None,
     camera: Annotated[Optional[str], typer.Option(help="The picture that the policy sees; needed where a simulator sends several.")] = None,
     batch: Annotated[int, typer.Option(help="Observations in one forward pass, at most.")] = 32,
     limit: Annotated[float, typer.Option(help="Megabytes of one message, at most.")] = 32,
 ):
     "Serve a policy to simulators, many at once, until Ctrl-C."
     from embodied_midtrain.serve import serve_policy
-    serve_policy(policy, host, port, int(limit * 2**20), lambda address: typer.echo(f"{policy} at {address} (Ctrl-C ends it)"), execute=execute, camera=camera, batch=batch)
+    how = _spoken(benchmark) | {name: value for name, value in dict(execute=execute, camera=camera).items() if value is not None}
+    serve_policy(policy, host, port, int(limit * 2**20), lambda address: typer.echo(f"{policy} at {address} (Ctrl-C ends it)"), batch=batch, **how)
+
+def _spoken(benchmark: str | None) -> dict:
+    "How a benchmark wants to be served."
+    if benchmark is None: return {}
+    from embodied_midtrain.evaluate import benchmark_of
+    chosen = benchmark_of(benchmark)
+    return dict(execute=chosen.execute, camera=chosen.camera, translate=chosen.translate)
 
 # %% ../nbs/13a_cli.ipynb #b2b7e93a
 @app.command("evaluate")

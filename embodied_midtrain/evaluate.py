@@ -63,7 +63,7 @@ _ALL = [
               install='pip install "embodied-midtrain[benchmarks]"'),
     Benchmark("metaworld", (dict(benchmark="embodied_midtrain.benchmarks.metaworld:MetaworldBenchmark", episodes_per_task=10, max_steps=500, params=dict(seed=0)),),
               "MT50, 10 episodes a task, at most 500 steps", needs=("embodied_midtrain", "metaworld", "mujoco"), versions=("metaworld", "mujoco", "gymnasium", "numpy"),
-              install='pip install "embodied-midtrain[metaworld]"'),
+              install='pip install "embodied-midtrain[benchmarks,metaworld]"'),
     Benchmark("calvin", (dict(benchmark="vla_eval.benchmarks.calvin.benchmark:CALVINBenchmark", episodes_per_task=1, max_steps=1800, params=dict(num_sequences=1000, seed=0)),),
               "ABC-D, 1,000 chains of 5 tasks, 360 steps each", 10, calvin_units, "rgb_static", ("calvin_env", "calvin_agent", "pybullet", "hydra", "torch"), ("pybullet", "numpy", "torch"),
               "tests/simulators/calvin.sh makes an environment of its own, then --python"),
@@ -347,7 +347,7 @@ def _complete(table, benchmark: str, facts: dict, inputs: dict, there: dict) -> 
 # %% ../nbs/11d_evaluate.ipynb #0a8957ad
 def success_table(
     table: pd.DataFrame,    # episodes of one or several policies
-) -> pd.DataFrame:          # policy, task, episodes, success, from, to (in percent), and the mean of every other metric
+) -> pd.DataFrame:          # policy, task, episodes, success, low, high (in percent), and the mean of every other metric
     "Success per policy and task."
     known, rows = {"success", "seed", "step", "episode", "steps", "seconds", "task_index"}, []
     more = [c for c in table.select_dtypes("number") if c not in known]

@@ -1,4 +1,8 @@
 """What several test files share."""
+import os
+
+if os.environ.get("PYTEST_XDIST_WORKER"): os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: the test processes share the cores
+
 import pandas as pd
 import pytest
 

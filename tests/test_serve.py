@@ -228,6 +228,14 @@ def test_emt_serve_answers_as_the_policy_does_and_ends_at_an_interrupt(folder):
     assert np.allclose(served, load_policy(folder, device="cpu").act([PICTURE], ["wait"])[0, :2], atol=1e-6)
 
 
+def test_emt_serve_speaks_the_actions_of_a_benchmark(folder):
+    "LIBERO: -1 is open, 1 closed; four actions of a chunk, of which this policy's has three."
+    from embodied_midtrain.policy import load_policy
+    with emt_serve(folder, "--port", 0, "--benchmark", "libero_10", "--camera", "camera") as (_, address): served = play(address, 3)
+    acted = load_policy(folder, device="cpu").act([PICTURE], ["wait"])[0]
+    assert np.allclose(np.array(served)[:, :6], acted[:, :6], atol=1e-6) and (np.array(served)[:, 6] == 1 - 2 * acted[:, 6]).all()
+
+
 def test_a_port_that_is_taken_is_an_error(folder):
     with serving(policy_server(Echo())) as address, pytest.raises(OSError, match="in use"):
         serve_policy("anywhere", port=int(address.rsplit(":", 1)[1]), load=lambda folder: Echo())
