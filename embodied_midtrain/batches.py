@@ -165,17 +165,17 @@ def _shortest_pictured(prepared):
 def ahead(
     make: Callable,         # position -> batch
     positions,              # in the order in which they are wanted
-    workers: int = 0,       # threads; 0: each is made when it is asked for
+    threads: int = 0,       # 0: each is made when it is asked for
     depth: int = None,      # batches that are under way or waiting; default: two a thread
 ) -> Iterator:              # of batches
     "Batches in order, made by threads ahead of time. An error in one is raised when its turn comes."
-    if not workers:
+    if not threads:
         yield from map(make, positions)
         return
-    pool, waiting = ThreadPoolExecutor(workers, "batches"), deque()
+    pool, waiting = ThreadPoolExecutor(threads, "batches"), deque()
     try:
         for position in positions:
             waiting.append(pool.submit(make, position))
-            if len(waiting) > (depth or 2 * workers): yield waiting.popleft().result()
+            if len(waiting) > (depth or 2 * threads): yield waiting.popleft().result()
         while waiting: yield waiting.popleft().result()
     finally: pool.shutdown(wait=True, cancel_futures=True)

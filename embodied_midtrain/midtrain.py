@@ -123,7 +123,7 @@ def midtrain_arm(
     "Mid-train one backbone and write its folder."
     p = stage.parameters
     training = {k: p[k] for k in ("steps", "lr", "batch_size", "tokens", "sequence_length", "accumulation", "seed", "optimizer", "schedule", "warmup", "weight_decay", "beta2", "precision", "freeze", "save_every")}
-    how = dict(workers=threads, checkpointing=checkpointing, tracker=tracker or None, tracker_folder=stage.run / "trackers" / stage.name)
+    how = dict(threads=threads, checkpointing=checkpointing, tracker=tracker or None, tracker_folder=stage.run / "trackers" / stage.name)
     with shared_stage(stage) as main:
         sources = open_sources(pool)
         found = fetch_by_id(pd.concat([chosen, held_out]), sources)

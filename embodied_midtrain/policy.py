@@ -370,7 +370,7 @@ def finetune_arm(
         episodes = list(open_source(p["demos"]).episodes())
         normaliser = fit_normaliser(episodes, p["normaliser"], p["recipe"])
         policy = Policy(load_backbone(start, revision), normaliser, **part("chunk", "head", "hidden", "prompt", "system", "resize", "recipe", "augment", "seed"))
-        log = finetune(policy, episodes, state=stage.file("state"), on_step=keep, at=[*p["checkpoints"], p["steps"]], tick=tick, workers=threads, checkpointing=checkpointing, tracker=tracker or None,
+        log = finetune(policy, episodes, state=stage.file("state"), on_step=keep, at=[*p["checkpoints"], p["steps"]], tick=tick, threads=threads, checkpointing=checkpointing, tracker=tracker or None,
                        tracker_folder=stage.run / "trackers" / stage.name, detail=True, **part("steps", "lr", "batch_size", "head_rate", "gripper_weight", "accumulation", "seed", "optimizer", "schedule", "warmup", "weight_decay", "beta2", "freeze", "precision", "save_every"))
         if not main: return
         write_table(log.drop(columns=TIMES), stage.file("log.parquet"))  # times differ from run to run: they stand in the manifest

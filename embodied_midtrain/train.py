@@ -265,7 +265,7 @@ def train(
     accumulation: int = 1,          # batches per step
     precision: str = "no",          # or "bf16"
     checkpointing: bool = False,    # compute activations again instead of keeping them
-    workers: int = 0,               # threads that make batches ahead of time; 0: each is made when it is due
+    threads: int = 0,               # that make batches ahead of time; 0: each is made when it is due
     seed: int = 0,                  # of dropout and whatever else draws in the model
     state: str | Path = None,       # folder of checkpoints; resumes from the newest
     save_every: int = 0,            # steps between checkpoints; 0: only at the end
@@ -284,7 +284,7 @@ def train(
     if freeze: settings["freeze"] = list(freeze)
     if accelerator.num_processes > 1: settings["processes"] = accelerator.num_processes
     with _dressed(model, freeze, checkpointing):
-        log = _loop(accelerator, model, batch, loss, settings, workers, state, save_every, keep, on_step, range(1, steps + 1) if at is None else at, tick)
+        log = _loop(accelerator, model, batch, loss, settings, threads, state, save_every, keep, on_step, range(1, steps + 1) if at is None else at, tick)
     for each in accelerator.trackers if tracker else []: each.finish()
     accelerator.free_memory()
     log = pd.DataFrame(log)
@@ -292,7 +292,7 @@ def train(
     return log if detail or not len(log) else log[BASIC]
 
 # %% ../nbs/09_train.ipynb #72769054
-def _loop(accelerator, model, batch, loss, settings, workers, state, save_every, keep, on_step, at, tick):
+def _loop(accelerator, model, batch, loss, settings, threads, state, save_every, keep, on_step, at, tick):
     "All steps that are left to do: the rows of the log."
     s, main, count = settings, accelerator.is_main_process, operations(model)
     set_seed(seed_for(s["seed"], "train") % 2**32, device_specific=True)
@@ -303,7 +303,7 @@ def _loop(accelerator, model, batch, loss, settings, workers, state, save_every,
     log = load_state(accelerator, state, settings) if state else []
     if log and tick and main: tick(len(log))
     mine = range(len(log) * s["accumulation"] * accelerator.num_processes + accelerator.process_index, s["steps"] * s["accumulation"] * accelerator.num_processes, accelerator.num_processes)
-    with closing(ahead(batch, mine, workers)) as data:
+    with closing(ahead(batch, mine, threads)) as data:
         for step in range(len(log), s["steps"]):
             start, factor = time.perf_counter(), rate(step, s["steps"], s["schedule"], s["warmup"])
             for group in (g for o in optimizers for g in o.param_groups): group["lr"] = group["peak"] * factor

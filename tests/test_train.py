@@ -318,9 +318,9 @@ def test_batches_by_tokens_are_a_pure_function_and_keep_the_budget():
     with pytest.raises(ValueError, match="no samples"): token_batches([], 8, 1)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_workers_change_nothing(workers):
-    (plain, log), (threaded, log2) = tuned(), tuned(workers=workers)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_change_nothing(threads):
+    (plain, log), (threaded, log2) = tuned(), tuned(threads=threads)
     assert same(plain.model, threaded.model) and log.drop(columns=TIMES).equals(log2.drop(columns=TIMES))
 
 
@@ -329,17 +329,17 @@ def test_an_error_in_a_worker_is_raised_and_its_threads_end():
     def broken(position):
         if position == 5: raise OSError("no such picture")
         return batch(position)
-    for workers in (0, 2):
-        with pytest.raises(OSError, match="no such picture"): train(Tiny(), broken, loss, 10, 0.01, workers=workers)
+    for threads in (0, 2):
+        with pytest.raises(OSError, match="no such picture"): train(Tiny(), broken, loss, 10, 0.01, threads=threads)
     assert not [t for t in threading.enumerate() if t.name.startswith("batches")]
     assert list(ahead(str, range(5), 2, depth=1)) == list("01234")
 
 
 def test_data_is_made_while_the_step_runs():
-    "Data that takes half as long as a step: waited for without workers, hardly with one."
+    "Data that takes half as long as a step: waited for without threads, hardly with one."
     def slow(position): time.sleep(0.02); return batch(position)
     def loss_of_a_slow_model(model, x): time.sleep(0.04); return loss(model, x)
-    waiting = [speed(train(Tiny(), slow, loss_of_a_slow_model, 20, 0.01, workers=workers, detail=True))["waiting"] for workers in (0, 1)]
+    waiting = [speed(train(Tiny(), slow, loss_of_a_slow_model, 20, 0.01, threads=threads, detail=True))["waiting"] for threads in (0, 1)]
     assert waiting[0] > 0.25 and waiting[1] < waiting[0] / 2
 
 

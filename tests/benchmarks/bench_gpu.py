@@ -216,13 +216,13 @@ def features(model, made, size, threads):
 
 def training(model, made, size, amount, threads, prepared):
     order = token_batches(prepared.lengths, max(int(size * prepared.lengths.mean()), prepared.lengths.max()), amount["steps"])
-    log = train(model.model, Batches(prepared, order), lambda _, batch: answer_loss(model, batch), len(order), LR, workers=threads, precision="bf16", detail=True)
+    log = train(model.model, Batches(prepared, order), lambda _, batch: answer_loss(model, batch), len(order), LR, threads=threads, precision="bf16", detail=True)
     model.model.eval()
     return learned(log, list(map(len, order)), amount["skip"]) | dict(threads=threads, padding=padding(order, prepared.lengths))
 
 
 def finetuning(policy, episodes, size, amount, threads):
-    log = finetune(policy, episodes, amount["steps"], LR, size, optimizer="adamw", precision="bf16", workers=threads, detail=True)
+    log = finetune(policy, episodes, amount["steps"], LR, size, optimizer="adamw", precision="bf16", threads=threads, detail=True)
     policy.eval()
     return learned(log, [size] * len(log), amount["skip"]) | dict(threads=threads)
 

@@ -113,20 +113,20 @@ def ours(made):
     def work():
         prepared = Prepared(model, made)
         order = token_batches(prepared.lengths, int(BATCH * prepared.lengths.mean()), COUNT // BATCH)
-        ours.log = train(model.model, Batches(prepared, order), lambda _, batch: answer_loss(model, batch), len(order), LR, workers=1, detail=True)
+        ours.log = train(model.model, Batches(prepared, order), lambda _, batch: answer_loss(model, batch), len(order), LR, threads=1, detail=True)
         ours.padding = padding(order, prepared.lengths)
         return sum(map(len, order))
     return timed(work)
 
 
-def waiting(workers):
+def waiting(threads):
     "The share of waiting of the tiny backbone on the tabletop's pictures, as JPEG."
     def jpeg(image):
         image.open().save(file := io.BytesIO(), "JPEG")
         return ImageRef(data=file.getvalue())
     tiny, questions = load_backbone("tiny", device="cpu"), list(TabletopSource("mini-vcr", 256))
     prepared = Prepared(tiny, [Sample(s.id, s.source, s.kind, tuple(map(jpeg, s.images)), s.messages) for s in questions])
-    log = train(tiny.model, Batches(prepared, batch_order(256, 64, 12, lengths=prepared.lengths)), lambda _, batch: answer_loss(tiny, batch), 12, LR, workers=workers, detail=True)
+    log = train(tiny.model, Batches(prepared, batch_order(256, 64, 12, lengths=prepared.lengths)), lambda _, batch: answer_loss(tiny, batch), 12, LR, threads=threads, detail=True)
     return speed(log)["waiting"]
 
 
@@ -143,7 +143,7 @@ def main(save):
     prepared = Prepared(model, made)
     found["padding"] = dict(ours=ours.padding, random=padding(batch_order(COUNT, BATCH, COUNT // BATCH), prepared.lengths))
     whole = operations(model.model)(prepared.batch(range(32)))
-    found |= dict(ours_speed=speed(ours.log, matmul_rate("cpu")), waiting={f"{workers} threads": waiting(workers) for workers in (0, 1)},
+    found |= dict(ours_speed=speed(ours.log, matmul_rate("cpu")), waiting={f"{threads} threads": waiting(threads) for threads in (0, 1)},
                   vision_share=shares(made), shapes=dict(parameters=sum(p.numel() for p in model.model.parameters()), samples=COUNT, operations_per_sample=whole / 32, cpus=len(os.sched_getaffinity(0))),
                   date=datetime.date.today().isoformat())
     for name in ways: print(f"{name}: {found[name]['samples_per_second']:.2f} samples/s, {found[name]['per_processor_second']:.2f} per second of the processor")
