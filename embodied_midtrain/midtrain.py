@@ -17,7 +17,7 @@ from huggingface_hub import ModelCardData
 import embodied_midtrain
 from .backbone import Backbone, answer_loss, answer_nll, backbone_hash, load_backbone
 from .batches import token_batches
-from .core import Stage, _remove, readable, stable_hash, write_table
+from .core import Stage, readable, stable_hash, write_table
 from .selection import ARM_COLOUR, fetch_by_id
 from .sources.base import open_sources
 from .tabletop.pool import TabletopSource
@@ -140,7 +140,6 @@ def midtrain_arm(
         stage.count(selected=len(chosen), trained=len(chosen) - left_out, longer_than_sequence_length=left_out, **({"processes": many} if many > 1 else {}))
         drawn = [source.name for source in sources if isinstance(source, TabletopSource)]
         stage.file("README.md").write_text(model_card(stage.path.name, p, start, revision, chosen, stage.counts, measured, drawn), encoding="utf-8")
-        _remove(stage.file("state"))
 
 # %% ../nbs/09a_midtrain.ipynb #aac7cadc
 def plot_held_out(

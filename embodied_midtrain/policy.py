@@ -24,7 +24,7 @@ from torch import nn
 
 from .actions import ActionNormaliser, check_actions, chunks
 from .backbone import Backbone, load_backbone
-from .core import Stage, _remove, atomic_path, file_hash, generator, own_files, read_json, seed_for, unknown, write_json, write_table
+from .core import Stage, atomic_path, file_hash, generator, own_files, read_json, seed_for, unknown, write_json, write_table
 from .samples import IMAGE_MARK, ImageRef, Sample, turn
 from .sources.base import open_source
 from .train import TIMES, Batches, Prepared, batch_order, batches_needed, processes, shared_stage, train
@@ -376,4 +376,3 @@ def finetune_arm(
         write_table(log.drop(columns=TIMES), stage.file("log.parquet"))  # times differ from run to run: they stand in the manifest
         many = processes().num_processes
         stage.count(episodes=len(episodes), frames=sum(map(len, episodes)), **({"processes": many} if many > 1 else {}))
-        _remove(stage.file("state"))

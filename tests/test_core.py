@@ -176,3 +176,24 @@ def test_another_key_leaves_no_empty_folders_behind(tmp_path):
         with Stage(tmp_path, "policy/reach/base-0", {"step": step}) as stage:
             with atomic_path(stage.file(f"step-{step}")) as folder: folder.mkdir(exist_ok=True); (folder / "policy.json").write_text("{}")
     assert [p.name for p in stage.path.glob("step-*")] == ["step-120"]
+
+
+def test_checkpoints_stay_until_the_manifest_is_written(tmp_path, monkeypatch):
+    "Hashing large files takes a while, in which a run may be killed: what it trained must not be lost then."
+    from embodied_midtrain import core
+    def train(): (stage.path / core.STATE / "step-9").mkdir(parents=True, exist_ok=True); stage.file("weights").write_text("w")
+    stage, hashed = core.Stage(tmp_path, "midtrain/a-0", dict(steps=9)), core.file_hash
+    def killed(path): raise KeyboardInterrupt
+    monkeypatch.setattr(core, "file_hash", killed)
+    with pytest.raises(KeyboardInterrupt), stage: train()
+    assert not stage.done and stage.begun and (stage.path / core.STATE / "step-9").is_dir()
+    monkeypatch.setattr(core, "file_hash", hashed)
+    with stage: pass
+    assert stage.done and list(stage.manifest()["files"]) == ["weights"] and not (stage.path / core.STATE).exists()
+    monkeypatch.setattr(core, "file_hash", killed)
+    again = core.Stage(tmp_path, "midtrain/a-0", dict(steps=10))
+    assert not again.begun
+    with pytest.raises(KeyboardInterrupt), again:
+        (again.path / core.STATE).mkdir()
+        again.file("weights").write_text("w")
+    with core.Stage(tmp_path, "midtrain/a-0", dict(steps=11)) as third: assert list(third.path.iterdir()) == [third.path / core.BEGUN]   # checkpoints of another key are no use

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from embodied_midtrain.jobs import run_parallel
+from embodied_midtrain.jobs import launch_facts, run_parallel
 
 
 def work(x, tick):
@@ -123,3 +123,14 @@ def test_launched_processes_die_with_their_parent(on_cpu, tmp_path, how):
     error = parent.communicate()[1]
     assert all_gone(tmp_path) == 2
     if how == "interrupted": assert "KeyboardInterrupt" in error and not list(tmp_path.glob("emt-*"))   # and nothing is left behind
+
+
+def test_what_a_launch_decides(tmp_path):
+    "Another configuration under the same name is another launch, another port is not."
+    (config := tmp_path / "fsdp.yaml").write_text("num_processes: 2")
+    before = launch_facts(f"--config_file {config}")
+    assert before == launch_facts(f"--config_file={config} --main_process_port=29501")
+    config.write_text("num_processes: 8")
+    assert before != launch_facts(f"--config_file {config}") and str(tmp_path) not in str(before)
+    with pytest.raises(ValueError, match="how many processes"): launch_facts("--multi_gpu")
+    with pytest.raises(FileNotFoundError, match="lost.yaml"): launch_facts("--config_file /lost.yaml")

@@ -9,7 +9,7 @@ from hypothesis import given, strategies as st
 
 from embodied_midtrain.benchmarks import metaworld as mw
 from embodied_midtrain.benchmarks.base import Expert, run_episodes
-from embodied_midtrain.core import file_hash, seed_for
+from embodied_midtrain.core import file_hash, seed_for, write_json
 from embodied_midtrain.sources.lerobot import LeRobotSource
 from test_benchmarks import Reflex
 
@@ -211,4 +211,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="holds other files"): mw.record(tmp_path / "mine", "reach-v3", 1, 32)
+    write_json({"key": "of another recording"}, tmp_path / "recorded" / "manifest.json")
+    with pytest.raises(ValueError, match="asked for otherwise"): mw.record(tmp_path / "recorded", "reach-v3", 2, 32)
+    assert (tmp_path / "recorded" / "manifest.json").exists()
     assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .base import Expert, RandomActions, run_episodes
-from ..core import Stage, _is_stage, atomic_path, generator, seed_for, unknown
+from ..core import Stage, atomic_path, generator, seed_for, unknown
 from ..jobs import run_parallel
 from ..sources.robots import optional
 
@@ -464,8 +464,8 @@ def record(
     "Record demonstrations of the scripted experts as a LeRobotDataset v2.1."
     folder, how = Path(folder), dict(image_size=image_size, seed=seed, noise=noise, decided=decided)
     tasks = tasks_of(*([tasks] if isinstance(tasks, str) else tasks))
-    if folder.is_dir() and any(folder.iterdir()) and not _is_stage(folder): raise ValueError(f"{folder} holds other files: choose a new folder")
     stage = Stage(folder.parent, folder.name, {"tasks": tasks, "episodes": episodes, **how})
+    if folder.is_dir() and any(folder.iterdir()) and not stage.begun: raise ValueError(f"{folder} holds other files, or demonstrations that were asked for otherwise: choose a new folder")
     if not stage.done:
         with stage:
             jobs = {task: (record_task, dict(folder=folder, task=task, first=i * episodes, number=_told(tasks).index(INSTRUCTIONS[task]), episodes=episodes, how=how)) for i, task in enumerate(tasks)}
