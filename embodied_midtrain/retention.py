@@ -60,7 +60,7 @@ class TabletopQuestions(Source):
         task, sample, k = record.value
         question, answer = (sample.messages[i]["content"] for i in (k, k + 1))
         messages = turn("user", "<image>\n" + question.removeprefix("<image>\n")), turn("assistant", answer)
-        return [Sample(f"{self.name}/{record.key}", self.name, "vlm", sample.images, messages, dict(question_id=record.key, task=task, group=question if task == "common sense" else sample.id))]
+        return [Sample(f"{self.name}/{record.key}", self.name, "vlm", sample.images, messages, dict(question_id=record.key, task=task, group=question.removeprefix("<image>\n") if task == "common sense" else sample.id))]
 
 # %% ../nbs/11b_retention.ipynb #ca358c33
 BENCHMARKS = {name: f"embodied_midtrain.sources.benchmarks:{cls}Source" for name, cls in dict(pope="Pope", blink="Blink", visulogic="VisuLogic", spatialeval="SpatialEval").items()} | {
