@@ -211,7 +211,8 @@ def evaluate_policies(
     from embodied_midtrain.evaluate import benchmark_of, evaluate, told
     chosen = benchmark_of(benchmark, episodes, tasks.split(",") if tasks else None, dict(_parameter(text) for text in param or ()))
     how = dict(python=python, docker=docker, workers=workers, execute=execute, batch=batch, videos=videos, render=render)
-    try: stages = [evaluate(policy, chosen, run, **how) for policy in policies]
+    each_once = {policy.resolve(): policy for policy in policies}.values()
+    try: stages = [evaluate(policy, chosen, run, **how) for policy in each_once]
     except RuntimeError as error: raise typer.Exit(_complain(f"{error}\nto go on from here: the same command; it plays what is missing", 1)) from error
     typer.echo(told(stages))
 

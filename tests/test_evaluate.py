@@ -10,7 +10,7 @@ from embodied_midtrain import evaluate as module
 from embodied_midtrain.benchmarks.base import run_episodes
 from embodied_midtrain.benchmarks.tabletop import TabletopBenchmark, test_episodes as fixed_episodes
 from embodied_midtrain.core import folder_hash, read_table, write_json
-from embodied_midtrain.evaluate import BENCHMARKS, Benchmark, axis_angle, benchmark_of, calvin_units, evaluate, gripper_closes, need_benchmark, probe, same_starts, success_table, told
+from embodied_midtrain.evaluate import BENCHMARKS, Benchmark, Starts, axis_angle, benchmark_of, calvin_units, evaluate as evaluate_with, gripper_closes, need_benchmark, probe, same_starts, success_table, told
 
 COUNT = 10
 
@@ -29,11 +29,14 @@ class Reflex:
 def load(folder): return Reflex(json.loads((Path(folder) / "policy.json").read_text()))
 
 
+def evaluate(*args, label="reflex", **how): return evaluate_with(*args, label=label, **how)
+
+
 @pytest.fixture
 def policy(tmp_path):
     "Makes folders of policies whose weights are a seed."
-    def make(arm="base", seed=0):
-        folder = tmp_path / f"policy/reach/{arm}-0/step-9"
+    def make(arm="base", seed=0, run=""):
+        folder = tmp_path / run / f"policy/reach/{arm}-0/step-9"
         write_json(seed, folder / "policy.json")
         return folder
     return make
@@ -73,11 +76,84 @@ def test_arms_meet_the_same_initial_states_and_it_is_said(policy, tmp_path):
     assert not same_starts(pd.concat([rows(stages[0]), rows(other)]))
 
 
+# ---- told apart
+
+def test_policies_of_two_runs_keep_their_own_results(policy, tmp_path):
+    "Of the same arm, seed and step, in one folder of results."
+    one, other = [evaluate(policy(seed=seed, run=f"run{seed}"), tabletop(), tmp_path, videos=0, load=load) for seed in (0, 1)]
+    assert one.done and other.done and one.path != other.path and rows(one)["policy_hash"][0] != rows(other)["policy_hash"][0]
+    table = success_table(pd.concat([rows(one), rows(other)]))
+    assert table["episodes"].tolist() == [COUNT, COUNT] and [re.search("run[01]", name)[0] for name in table["policy"]] == ["run0", "run1"]
+    assert table["success"].tolist() == [100 * rows(stage)["success"].mean() for stage in (one, other)]
+
+
+def test_a_quick_look_leaves_the_finished_result_where_it_is(policy, tmp_path):
+    whole = evaluate(policy(), tabletop(), tmp_path, videos=0, load=load)
+    quick = evaluate(policy(), tabletop(4), tmp_path, videos=0, load=load)
+    assert whole.done and quick.done and (len(rows(whole)), len(rows(quick))) == (COUNT, 4)
+
+
+def test_a_policy_named_twice_counts_once(policy, tmp_path):
+    stage = evaluate(policy(), tabletop(4), tmp_path, videos=0, load=load)
+    assert told([stage, stage]) == told([stage])
+
+
+def test_policies_that_differ_in_one_thing_are_told_apart_by_it():
+    row = dict(arm="a", seed=0, step=3, policy="x", label="", execute=4, policy_hash="h", task="t", success=True)
+    def names(**other): return success_table(pd.DataFrame([row, row | other]))["policy"].tolist()
+    assert names() == ["a-0 step 3"] and names(seed=1) == ["a-0 step 3", "a-1 step 3"]
+    assert names(policy="y", policy_hash="i") == ["a-0 step 3, policy x", "a-0 step 3, policy y"]
+    assert names(policy_hash="i") == ["a-0 step 3, hash h", "a-0 step 3, hash i"] and names(execute=2) == ["a-0 step 3, execute 4", "a-0 step 3, execute 2"]
+    assert names(label="bfloat16") == ["a-0 step 3, label ", "a-0 step 3, label bfloat16"]
+
+
+def test_what_load_makes_is_part_of_what_was_asked(policy, tmp_path):
+    with pytest.raises(ValueError, match="wants a label"): evaluate_with(policy(), tabletop(4), tmp_path, load=load)
+    half = lambda folder: Reflex(1)
+    one, other = evaluate(policy(), tabletop(), tmp_path, videos=0, load=load), evaluate(policy(), tabletop(), tmp_path, videos=0, load=half, label="half")
+    assert one.path != other.path and rows(other)["label"].unique().tolist() == ["half"] and rows(other)["steps"].tolist() == run_episodes(fixed_episodes("reach", COUNT), Reflex(1))["steps"].tolist()
+
+
+def test_actions_really_carried_out_stand_in_the_rows(policy, tmp_path):
+    "Chunks of three, of which two, all, or ten are asked for; the last cannot be, and it is said."
+    stages = {execute: evaluate(policy(), tabletop(4), tmp_path, videos=0, execute=execute, load=load) for execute in (2, 0, 10)}
+    assert {execute: rows(stage)["execute"].unique().tolist() for execute, stage in stages.items()} == {2: [2], 0: [3], 10: [3]}
+    assert ["NOT the protocol" in told([stage]) for stage in stages.values()] == [False, False, True] and "10 actions of each chunk, but its chunks have 3" in told([stages[10]])
+
+
+def test_initial_states_that_are_not_known_are_not_the_same():
+    table = pd.DataFrame(dict(entry="e", task="t", episode=[0, 1, 0, 1], start=["a", "b", "a", "b"]))
+    assert same_starts(table) and not same_starts(table.assign(start=None)) and not same_starts(table.assign(start=["a", None, "a", None])) and not same_starts(table[:3])
+
+
+@pytest.mark.parametrize("name", ["tabletop", "metaworld"])
+def test_a_renderer_that_changes_nothing_is_not_asked_about(name, policy, tmp_path, monkeypatch):
+    "What is done with one is not done again with the other."
+    played = []
+    def noted(config, *args): played.append((config.parent, json.loads(config.read_text())["render"])); raise RuntimeError("enough")
+    monkeypatch.setattr(module, "play", noted)
+    monkeypatch.setattr(module, "need_benchmark", lambda *args: {})
+    for render in ("cpu", "gpu"):
+        with pytest.raises(RuntimeError, match="enough"): evaluate(policy(), BENCHMARKS[name], tmp_path, render=render, load=load)
+    assert played[0] == played[1] and played[0][1] == "cpu"
+
+
 # ---- interrupted
+
+def test_notes_of_a_killed_run_are_read_after_it_went_on(tmp_path):
+    starts, picture = Starts(tmp_path / "starts.jsonl"), np.zeros((4, 4, 3), np.uint8)
+    starts("before", picture, "wait")
+    starts("cut", picture, "wait")
+    starts.path.write_bytes(starts.path.read_bytes().rstrip()[:-9])
+    assert list(starts.read()) == ["before"]
+    starts("after", picture, "wait")
+    starts("last", picture, "wait")
+    assert list(starts.read()) == ["before", "after", "last"] and starts.read()["after"] == starts.read()["before"]
+
 
 def test_what_was_played_is_not_played_again(policy, tmp_path):
     stage = evaluate(policy(), tabletop(), tmp_path, videos=0, load=load)
-    assert evaluate(policy(), tabletop(), tmp_path, videos=0, load=None).manifest() == stage.manifest()
+    assert evaluate(policy(), tabletop(), tmp_path, videos=0, load=None).manifest() == stage.manifest()   # it is not even loaded
 
 
 SLOW = """
@@ -142,8 +218,28 @@ def test_a_benchmark_that_does_not_start_is_an_error_that_shows_why(policy, tmp_
     with pytest.raises(RuntimeError, match="(?s)could not be started.*unknown suite 'Z'"): evaluate(policy(), tabletop(suite="Z"), tmp_path, videos=0, load=load)
 
 
+class Ours(TabletopBenchmark):
+    "A benchmark that this package knows nothing of."
+
+
+def foreign(*tasks): return benchmark_of("test_evaluate:Ours", 2, list(tasks), dict(tasks=["reach", "lift"], episodes=2))
+
+
 def test_a_task_that_there_is_not_is_told(policy, tmp_path):
-    with pytest.raises(RuntimeError, match="has the benchmark a task of that name"): evaluate(policy(), tabletop(tasks=["raech"]), tmp_path, videos=0, load=load)
+    with pytest.raises(RuntimeError, match="has the benchmark a task of that name"): evaluate(policy(), foreign("raech"), tmp_path, videos=0, load=load)
+
+
+def test_a_task_that_is_misspelled_among_good_ones_is_told(policy, tmp_path):
+    "A simulator plays the good ones and is silent about the other."
+    with pytest.raises(ValueError, match="unknown task 'lfit'; did you mean 'lift'"): evaluate(policy(), foreign("reach", "lfit", "lift"), tmp_path, videos=0, load=load)
+    assert not list(tmp_path.rglob("episodes.parquet"))
+    assert len(rows(evaluate(policy(), foreign("tabletop"), tmp_path, videos=0, load=load))) == 4, "a suite's name is its tasks'"
+
+
+@pytest.mark.parametrize("name, good, wrong", [("tabletop", "reach", "lfit"), ("metaworld", "reach-v3", "raech-v3"), ("simpler_bridge", "widowx_stack_cube", "widowx_stack_cueb")])
+def test_tasks_of_benchmarks_that_are_known_are_checked_before_anything_is_loaded(name, good, wrong):
+    with pytest.raises(ValueError, match=f"unknown task '{wrong}'; did you mean"): benchmark_of(name, tasks=[good, wrong])
+    assert all(entry["tasks"] == [good] for entry in benchmark_of(name, tasks=[good]).entries)
 
 
 def test_a_policy_that_fails_is_an_error_that_shows_why(policy, tmp_path):
@@ -195,6 +291,22 @@ def test_a_python_that_is_none_is_an_error(tmp_path):
     (tmp_path / "python").write_text("#!/bin/sh\necho no >&2; exit 3\n")
     (tmp_path / "python").chmod(0o755)
     with pytest.raises(ValueError, match="is no Python that works: no"): probe(BENCHMARKS["tabletop"], str(tmp_path / "python"))
+
+
+def test_a_python_that_does_not_answer_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_PATIENCE", 0.5, raising=False)
+    (tmp_path / "python").write_text("#!/bin/sh\nexec sleep 5\n")
+    (tmp_path / "python").chmod(0o755)
+    with pytest.raises(ValueError, match="python did not answer within 0.5 seconds"): probe(BENCHMARKS["tabletop"], str(tmp_path / "python"))
+
+
+def test_a_folder_of_a_package_s_name_is_no_package(tmp_path, monkeypatch):
+    (tmp_path / "simulator_of_mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    asked = Benchmark("mine", ({"benchmark": "simulator_of_mine.benchmark:Mine"},), needs=("simulator_of_mine",))
+    assert probe(asked)["missing"] == ["simulator_of_mine"]
+    (tmp_path / "simulator_of_mine/__init__.py").touch()
+    assert probe(asked)["missing"] == []
 
 
 @pytest.mark.parametrize("name", ["calvin", "libero_10", "simpler_bridge"])
@@ -264,9 +376,12 @@ def test_emt_evaluate_prints_the_table(tmp_path, capsys):
     save_policy(fresh, tmp_path / "mine")
     assert main(["evaluate", str(tmp_path / "mine"), "--benchmark", "tabletop", "--tasks", "reach", "--episodes", "6", "--run", str(tmp_path / "run"), "--videos", "0"]) == 0
     printed = capsys.readouterr().out
-    assert "mine" in printed and "Wilson" in printed and (tmp_path / "run/evaluate/tabletop/mine/episodes.parquet").exists()
+    found, = tmp_path.glob("run/evaluate/tabletop/mine-*/episodes.parquet")
+    assert "mine" in printed and "Wilson" in printed and str(found) in printed
     together = run_episodes(fixed_episodes("reach", 6), fresh)
-    assert read_table(tmp_path / "run/evaluate/tabletop/mine/episodes.parquet")[["success", "steps"]].values.tolist() == together[["success", "steps"]].values.tolist()
+    assert read_table(found)[["success", "steps"]].values.tolist() == together[["success", "steps"]].values.tolist() and read_table(found)["execute"].unique().tolist() == [3]
+    again = ["evaluate", str(tmp_path / "mine"), str(tmp_path / "run/../mine"), "--benchmark", "tabletop", "--tasks", "reach", "--episodes", "6", "--run", str(tmp_path / "run"), "--videos", "0"]
+    assert main(again) == 0 and capsys.readouterr().out == printed, "a folder named twice is one policy"
 
 
 def test_mistakes_are_told_by_the_command(tmp_path, capsys):
