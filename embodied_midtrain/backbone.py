@@ -178,10 +178,12 @@ def _answer_spans(backbone, sample):
 # %% ../nbs/04_backbone.ipynb #53a57110
 def _batch(backbone, encoded, pixels):
     "Right-padded tensors."
-    longest = max(len(e.ids) for e in encoded)
-    def fill(rows, value): return torch.from_numpy(np.stack([np.pad(r, (0, longest - len(r)), constant_values=value) for r in rows]))
-    batch = {"input_ids": fill([e.ids for e in encoded], backbone.tokenizer.pad_token_id), "labels": fill([e.labels for e in encoded], -100),
-             "attention_mask": fill([np.ones_like(e.ids) for e in encoded], 0)} | pixels
+    real = np.arange(max(len(e.ids) for e in encoded)) < np.array([len(e.ids) for e in encoded])[:, None]   # (B, T)
+    def fill(rows, value):
+        filled = np.full(real.shape, value, np.int64)
+        filled[real] = np.concatenate(rows)
+        return torch.from_numpy(filled)
+    batch = {"input_ids": fill([e.ids for e in encoded], backbone.tokenizer.pad_token_id), "labels": fill([e.labels for e in encoded], -100), "attention_mask": torch.from_numpy(real).long()} | pixels
     if backbone.family.types: batch["mm_token_type_ids"] = (batch["input_ids"] == backbone.model.config.image_token_id).long()
     return batch
 

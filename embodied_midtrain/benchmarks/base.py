@@ -54,7 +54,7 @@ def predict(predictor: Predictor,     # anything with `act`
 def run_episodes(env: Environment,        # B fresh episodes; they are played to their end
                  predictor: Predictor,    # anything with `act`
                  execute: int = 0,        # actions carried out of each chunk; 0 = all of them
-                 batch_size: int = 256,   # episodes in one forward pass, at most
+                 batch_size: int = 64,    # episodes in one forward pass, at most
                  ) -> "pd.DataFrame":     # episode, success, steps: one row each
     "Play all episodes of an environment together."
     import pandas as pd   # here, because a simulator's own environment may lack it

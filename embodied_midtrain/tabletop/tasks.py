@@ -137,7 +137,7 @@ class Tabletop:
 
     def render(self, which: np.ndarray = None) -> np.ndarray:  # uint8 (B, 64, 64, 3)
         "Pictures of all, or of the chosen episodes."
-        if which is None: return render(self.scene, self.empty)
+        which = np.arange(len(self)) if which is None else np.asarray(which)
         return render(take(self.scene, which), self.empty[which])
 
     def expert(self) -> np.ndarray:  # (B, 7)

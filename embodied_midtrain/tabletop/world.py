@@ -140,10 +140,14 @@ def paint(
     column = np.clip(np.rint(u[scenes]), -8, SIDE + 7).astype(int)
     row = np.clip(np.rint(v[scenes]), -8, SIDE + 7).astype(int)
     distance, colour = brush(_DX - (u[scenes] - column)[:, None, None], _DY - (v[scenes] - row)[:, None, None], scenes)
-    alpha = (np.clip(.5 - distance, 0, 1) * opacity)[..., None].astype(np.float32)
-    offset = np.arange(WINDOW) - WINDOW // 2 + PAD
-    at = scenes[:, None, None], (row[:, None] + offset)[:, :, None], (column[:, None] + offset)[:, None, :]
-    canvas[at] += (colour - canvas[at]) * alpha
+    alpha = (np.clip(.5 - distance, 0, 1) * opacity).astype(np.float32)
+    hit = np.nonzero(alpha)   # the quarter of its square that a thing covers
+    scene, down, right = hit
+    corner = PAD - WINDOW // 2
+    pixels = canvas.reshape(-1, 3)   # a view
+    at = (scenes[scene] * canvas.shape[1] + row[scene] + down + corner) * canvas.shape[2] + column[scene] + right + corner
+    before = pixels[at]
+    pixels[at] = before + (colour[hit] - before) * alpha[hit][:, None]
 
 # %% ../../nbs/03_tabletop.ipynb #51ff6162
 def thing_brush(
@@ -237,11 +241,11 @@ def _shadow(radius, width=1.15, height=.55):
 
 def render(
     scene: Scene,
-    empty: np.ndarray = None,  # backdrop(scene.look), when it was made before
+    empty: np.ndarray = None,  # a copy of backdrop(scene.look), when it was made before: the scenes are painted on it
 ) -> np.ndarray:               # uint8 (B, SIDE, SIDE, 3)
     "Pictures of the scenes."
     look, every = scene.look, np.arange(len(scene))
-    canvas = backdrop(look) if empty is None else empty.copy()
+    canvas = backdrop(look) if empty is None else empty
     x, y, z = np.moveaxis(scene.xyz, -1, 0)
     u, ground, scale = project(look, x, y)
     v, radius = ground - 16 * z * scale, scene.size * look.thing[:, None] * .5 * scale

@@ -1,10 +1,12 @@
-"""Episodes per second on the tabletop, three ways with one policy, in one run:  python tests/benchmarks/bench_tabletop.py [file.json]
+"""Episodes per second on the tabletop, five ways with one policy, in one run:  python tests/benchmarks/bench_tabletop.py [file.json]
 
 The policy is the tiny backbone with a fresh head of the micro profile's size, chunks of four: its episodes mostly run to the end of their steps. One thread each. `together`: all episodes stepped together, one batched forward
-pass (`run_episodes`). `one by one`: the same function on one environment after the other. `vla-eval`: served over a socket, played by vla-eval in a process of its own, recorded, without videos (its start, some seconds, counts).
-In the first two the episodes are made before the clock starts. Seconds are medians over the rounds: by the clock, and of the processor (with those of processes started), which other work on the machine changes less.
-Every way has to end every episode alike, or the figures are not written."""
+pass (`run_episodes`). `side by side`: the same in as many processes as there are cores, each with all episodes, as the stage `benchmarks` plays its checkpoints (the processes are there before the clock starts). `loop`: one environment as simulators are, whose every step gives a picture, and one forward pass a chunk. `one by one`: `run_episodes` on one episode after the other, which draws only the pictures that the
+policy asks for. `vla-eval`: served over a socket, played by vla-eval in a process of its own, recorded, without videos (its start, some seconds, counts). Only the episodes of `loop` and `vla-eval` are made while the clock runs.
+Seconds are medians over the rounds: by the clock, and of the processor (with those of processes started), which other work on the machine changes less. `times_loop` is by the clock. `forward`: the share of the
+processor's seconds in the model's own forward pass, which no way of playing can save (of a process of its own it is not known). Every way has to end every episode alike, or the figures are not written."""
 import datetime
+import multiprocessing
 import os
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["EMT_QUIET"] = "1"
@@ -19,12 +21,12 @@ import torch
 from embodied_midtrain.actions import ActionNormaliser
 from embodied_midtrain.backbone import load_backbone
 from embodied_midtrain.benchmarks.base import run_episodes
-from embodied_midtrain.benchmarks.tabletop import only, test_episodes
+from embodied_midtrain.benchmarks.tabletop import TabletopBenchmark, only, test_episodes
 from embodied_midtrain.core import read_table, write_json
 from embodied_midtrain.evaluate import benchmark_of, evaluate
 from embodied_midtrain.policy import Policy, save_policy
 
-EPISODES, ALONE, HARNESS, ROUNDS, TASKS = 300, 40, 60, 5, ("reach", "put")
+EPISODES, ALONE, HARNESS, ROUNDS, TASKS, CORES = 300, 40, 60, 5, ("reach", "put"), os.cpu_count()
 
 
 def processor(): return sum(os.times()[:4])
@@ -37,9 +39,33 @@ def timed(play):
     return played, time.perf_counter() - clock, processor() - cpu
 
 
+class Forward:
+    "Seconds of the processor inside the model."
+    def __init__(self, model):
+        self.seconds = 0.
+        model.register_forward_pre_hook(lambda *_: setattr(self, "seconds", self.seconds - time.process_time()))
+        model.register_forward_hook(lambda *_: setattr(self, "seconds", self.seconds + time.process_time()))
+
+
 def together(policy, task):
     env = test_episodes(task, EPISODES)
     return timed(lambda: run_episodes(env, policy)[["success", "steps"]].values.tolist())
+
+
+def begin(policy):
+    "In a process of its own, which has the policy from its parent."
+    global inherited
+    inherited = policy
+    torch.set_num_threads(1)
+
+
+def mine(task): return together(inherited, task)
+
+
+def side_by_side(policy, task):
+    with multiprocessing.get_context("fork").Pool(CORES, begin, (policy,)) as pool: parts = pool.map(mine, [task] * CORES, chunksize=1)
+    assert all(part[0] == parts[0][0] for part in parts)
+    return parts[0][0], max(clock for _, clock, _ in parts), sum(cpu for *_, cpu in parts)
 
 
 def one_by_one(policy, task):
@@ -48,24 +74,43 @@ def one_by_one(policy, task):
     return timed(lambda: [run_episodes(env, policy)[["success", "steps"]].values.tolist()[0] for env in alone])
 
 
+def play(env, policy, task, episode):
+    "One episode, as simulators are played."
+    seen, actions = env.make_obs(env.reset({"name": task, "episode_idx": episode}), {}), []
+    while True:
+        actions = actions or list(policy.act([seen["images"]["camera"]], [seen["task_description"]])[0])
+        result = env.step({"actions": actions.pop(0)})
+        if env.check_done(result): return [env.get_step_result(result)["success"], result.info["steps"]]
+        seen = env.make_obs(result.obs, {})
+
+
+def loop(policy, task):
+    env = TabletopBenchmark([task], EPISODES)
+    env.reset({"name": task})   # makes all test episodes
+    return timed(lambda: [play(env, policy, task, i) for i in range(ALONE)])
+
+
 def through_vla_eval(policy, task, folder):
     benchmark = benchmark_of("tabletop", HARNESS, [task])
     with tempfile.TemporaryDirectory() as run:
-        stage, clock, cpu = timed(lambda: evaluate(folder, benchmark, run, workers=1, videos=0, load=lambda folder: policy))
+        stage, clock, cpu = timed(lambda: evaluate(folder, benchmark, run, workers=1, videos=0, load=lambda folder: policy, label="loaded"))
         return read_table(stage.file("episodes.parquet"))[["success", "steps"]].values.tolist(), clock, cpu
 
 
-def measure(policy, task, folder):
-    ways = {"together": (EPISODES, lambda: together(policy, task)), "one by one": (ALONE, lambda: one_by_one(policy, task)), "vla-eval": (HARNESS, lambda: through_vla_eval(policy, task, folder))}
+def measure(policy, task, folder, forward):
+    ways = {"together": (EPISODES, lambda: together(policy, task)), "side by side": (EPISODES * CORES, lambda: side_by_side(policy, task)), "loop": (ALONE, lambda: loop(policy, task)), "one by one": (ALONE, lambda: one_by_one(policy, task)), "vla-eval": (HARNESS, lambda: through_vla_eval(policy, task, folder))}
     found, rows = {}, {name: [] for name in ways}
     for _ in range(ROUNDS):
         for name, (count, way) in ways.items():
+            forward.seconds = 0.
             found[name], clock, cpu = way()
-            rows[name].append((clock / count, cpu / count))
-    assert found["one by one"] == found["together"][:ALONE], "an episode ends otherwise alone than in company"
+            rows[name].append((clock / count, cpu / count, forward.seconds / count))
+    assert found["side by side"] == found["together"]
+    for name in "loop", "one by one": assert found[name] == found["together"][:ALONE], f"an episode ends otherwise in {name} than in company"
     assert found["vla-eval"] == run_episodes(test_episodes(task, HARNESS), policy)[["success", "steps"]].values.tolist(), "an episode ends otherwise in the harness"
-    return [dict(task=task, way=name, episodes=ways[name][0], **dict(zip(("episodes_per_second", "episodes_per_processor_second"), (1 / statistics.median(part) for part in zip(*rows[name])))),
-                 steps=float(np.mean([steps for _, steps in found[name]]))) for name in ways]
+    median = {name: [statistics.median(part) for part in zip(*rows[name])] for name in ways}
+    return [dict(task=task, way=name, episodes=ways[name][0], episodes_per_second=1 / clock, episodes_per_processor_second=1 / cpu, forward=inside / cpu, steps=float(np.mean([steps for _, steps in found[name]])),
+                 times_loop=median["loop"][0] / clock) for name, (clock, cpu, inside) in median.items()]
 
 
 def main(file=None):
@@ -73,12 +118,10 @@ def main(file=None):
     policy = Policy(load_backbone("tiny", device="cpu"), ActionNormaliser((-1.0,) * 6, (1.0,) * 6), chunk=4, head="small", hidden=256).eval()
     with tempfile.TemporaryDirectory() as folder:
         save_policy(policy, f"{folder}/policy")
+        forward = Forward(policy.vlm.base_model)
         together(policy, "reach")   # warm
-        rows = [row for task in TASKS for row in measure(policy, task, f"{folder}/policy")]
-    for task in TASKS:
-        part = {row["way"]: row for row in rows if row["task"] == task}
-        for row in part.values(): row["times_one_by_one"] = row["episodes_per_processor_second"] / part["one by one"]["episodes_per_processor_second"]
-    for row in rows: print("{task:6} {way:11} {episodes_per_second:8.1f} episodes/s, {episodes_per_processor_second:8.1f} per second of the processor, {times_one_by_one:.1f} x one by one".format(**row))
+        rows = [row for task in TASKS for row in measure(policy, task, f"{folder}/policy", forward)]
+    for row in rows: print("{task:6} {way:11} {episodes_per_second:8.1f} episodes/s, {episodes_per_processor_second:8.1f} per second of the processor ({forward:.0%} in the model), {times_loop:.1f} x the loop".format(**row))
     if file: write_json(dict(date=datetime.date.today().isoformat(), device="one thread of a CPU", policy="tiny backbone, fresh head, chunks of 4", rounds=ROUNDS, torch=torch.__version__, ways=rows), file)
 
 
