@@ -20,7 +20,7 @@ from .backbone import Backbone, image_tokens
 from .core import generator
 
 # %% ../nbs/08f_batches.ipynb #5448027c
-WINDOW = 8  # batches that are sorted by length together
+WINDOW = 8  # batches that are sorted by length together, where nothing else is said
 
 # %% ../nbs/08f_batches.ipynb #4f34b5e8
 def batch_order(
@@ -29,13 +29,14 @@ def batch_order(
     batches: int,           # how many batches
     seed: int = 0,          # of the order
     lengths=None,           # (n,) token counts, to put samples of similar length together
+    window: int = WINDOW,   # batches that are sorted by length together
 ) -> np.ndarray:            # indices (batches, B)
     "Which samples make up each batch: row i depends on the seed and i alone. Raises ValueError when there is nothing to draw from."
     if n < 1: raise ValueError("no samples to train on")
-    windows = -(-batches // WINDOW)
-    epochs = -(-windows * WINDOW * batch_size // n)
+    windows = -(-batches // window)
+    epochs = -(-windows * window * batch_size // n)
     stream = np.concatenate([generator(seed, "order", epoch).permutation(n) for epoch in range(max(epochs, 1))])
-    order = stream[: windows * WINDOW * batch_size].reshape(windows, WINDOW, batch_size)
+    order = stream[: windows * window * batch_size].reshape(windows, window, batch_size)
     if lengths is not None: order = np.stack([_by_length(w, np.asarray(lengths), generator(seed, "window", i)) for i, w in enumerate(order)]) if windows else order
     return order.reshape(-1, batch_size)[:batches]
 
@@ -108,18 +109,17 @@ class Prepared:
         answers: bool = True,   # whole conversations with labels; without: only what is asked
     ):
         self.backbone, self.samples = backbone, samples if answers else [sample.asked() for sample in samples]
-        counts = image_tokens(backbone, self.samples)
-        self.encoded = backbone.encode(self.samples, counts, answers)
+        self.encoded = backbone.encode(self.samples, image_tokens(backbone, self.samples), answers)
 
     @property
     def lengths(self) -> np.ndarray:
         "How many tokens each sample has, image tokens included."
-        return np.array([len(e.ids) for e in self.encoded])
+        return np.array([len(e) for e in self.encoded])
 
     @property
     def answers(self) -> np.ndarray:
         "How many tokens of each sample the loss is computed on."
-        return np.array([(e.labels[1:] >= 0).sum() for e in self.encoded])
+        return np.array([e.learned[1:].sum() for e in self.encoded])
 
     def batch(self,
         which,          # indices of samples
@@ -127,7 +127,7 @@ class Prepared:
     ) -> dict:          # tensors, as from Backbone.batch
         "The batch of some samples."
         pixels, _ = self.backbone.pixels([self.samples[i] for i in (*which, *silent)])
-        mute = [replace(self.encoded[i], labels=np.full_like(self.encoded[i].labels, -100)) for i in silent]
+        mute = [replace(self.encoded[i], learned=np.zeros_like(self.encoded[i].learned)) for i in silent]
         return self.backbone.collate([self.encoded[i] for i in which] + mute, pixels)
 
 # %% ../nbs/08f_batches.ipynb #31692492

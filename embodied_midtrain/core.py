@@ -283,7 +283,7 @@ def _close(stage: "Stage", finished: bool):
         return
     files = {f.relative_to(stage.path).as_posix(): file_hash(f) for f in own_files(stage.path)}
     write_json(dict(format=RUN_FORMAT, version=embodied_midtrain.__version__, stage=stage.name, key=stage.key, parameters=stage.parameters, inputs=stage.inputs,
-                    counts=stage.counts, files=files, seconds=seconds, environment=environment(), finished=datetime.now(timezone.utc).isoformat(timespec="seconds")), stage.path / MANIFEST)
+                    counts=stage.counts, files=files, seconds=seconds, speed=stage.speed, environment=environment(), finished=datetime.now(timezone.utc).isoformat(timespec="seconds")), stage.path / MANIFEST)
     _remove(stage.path / BEGUN)
     _remove(stage.path / STATE)  # only now: what is killed earlier goes on from there
 
@@ -330,6 +330,7 @@ class Stage:
         self.run, self.name, self.path = Path(run), name, Path(run) / name
         self.parameters = {k: v for k, v in (parameters or {}).items() if k != "run"}
         self.inputs, self.counts = dict(inputs or {}), {}
+        self.speed = {}  # how fast it was, where it is asked: for the manifest only, since it differs from run to run
         self.key = stable_hash([RUN_FORMAT, name, self.parameters, self.inputs])
 
     @property

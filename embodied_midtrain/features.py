@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .backbone import Backbone, load_backbone
+from .backbone import Backbone, check_text, load_backbone
 from .core import read_table, unknown, write_table
 from .samples import BadSample, ImageRef, Sample, SetAside
 from .sources.base import open_source
@@ -57,12 +57,15 @@ def in_threads(
 # %% ../nbs/05_features.ipynb #0a084be8
 def decoded(
     samples,                # iterable of Sample
-    set_aside: SetAside,    # takes those whose image cannot be decoded
+    set_aside: SetAside,    # takes those that cannot be used
+    backbone: Backbone = None,  # whose marks no text may hold
 ) -> list:                  # of Sample with decoded images
     "Samples with their images opened, the broken ones left out and noted."
     good = []
     for sample in samples:
-        try: good.append(replace(sample, images=tuple(ImageRef(array=np.asarray(image.open())) for image in sample.images)))
+        try:
+            if backbone: check_text(backbone, sample)
+            good.append(replace(sample, images=tuple(ImageRef(array=np.asarray(image.open())) for image in sample.images)))
         except BadSample as reason: set_aside.add(next((image.path for image in sample.images if image.path), sample.source), sample.id, reason)
     return good
 
@@ -78,7 +81,7 @@ def extract(
     batch_size: int = 128,
     tick=lambda n: None,       # called with the size of every finished batch
     threads: int = 0,          # that make batches ahead of the model
-    aside: SetAside = None,    # takes samples whose image cannot be decoded, whose vectors are NaN; without it they raise BadSample
+    aside: SetAside = None,    # takes samples that cannot be used, whose vectors are NaN; without it they raise BadSample
 ) -> np.ndarray:               # float16 (N, D), in the order of samples
     "One vector a sample."
     if pooling not in POOLINGS: raise unknown("pooling", pooling, POOLINGS)
@@ -95,7 +98,7 @@ def extract(
 
 def _ready(backbone, samples, order, answers, aside):
     "Those of some samples whose images can be decoded, and all that can be made of them without the model's device."
-    chosen = {i: [samples[i]] if aside is None else decoded([samples[i]], aside) for i in order}
+    chosen = {i: [samples[i]] if aside is None else decoded([samples[i]], aside, backbone) for i in order}
     part = [sample if answers else sample.asked() for found in chosen.values() for sample in found]
     pixels, tokens = backbone.pixels(part)
     if backbone.device.type == "cuda": pixels = {key: value.pin_memory() for key, value in pixels.items()}  # a GPU fetches them by itself from there

@@ -16,12 +16,14 @@ from huggingface_hub import ModelCardData
 
 import embodied_midtrain
 from .backbone import Backbone, answer_loss, answer_nll, backbone_hash, load_backbone
-from .batches import token_batches
+from .batches import WINDOW, Batches, Prepared, batch_order, token_batches
 from .core import Stage, readable, stable_hash, write_table
+from .processes import batches_needed, in_pieces, processes, shared_stage
 from .selection import ARM_COLOUR, fetch_by_id
 from .sources.base import open_sources
+from .speed import matmul_rate, speed
 from .tabletop.pool import TabletopSource
-from .train import TIMES, Batches, Prepared, batch_order, batches_needed, in_pieces, processes, shared_stage, train
+from .train import TIMES, train
 
 # %% ../nbs/09a_midtrain.ipynb #5a2fdd48
 def midtrain(
@@ -32,17 +34,18 @@ def midtrain(
     batch_size: int,                # samples a batch
     *,
     tokens: int = 0,                # of a batch, padding included, instead of batch_size
+    window: int = WINDOW,           # batches that are sorted by length together
     sequence_length: int = 1024,    # longer samples are left out
     accumulation: int = 1,          # batches a step
     seed: int = 0,                  # of the order
     **training,                     # what else `train` takes
-) -> tuple:                         # the log of `train`; how many samples were left out
+) -> tuple:                         # the log of `train`; how many samples were left out for their length
     "Train a model on the answers of samples. Raises ValueError when every sample is too long, or one is for a batch."
     prepared = Prepared(backbone, samples)
     fitting = np.flatnonzero(prepared.lengths <= sequence_length)
     if not len(fitting): raise ValueError(f"none of the {len(samples)} samples has at most {sequence_length} tokens (the shortest has {prepared.lengths.min()}): raise sequence_length")
     lengths, count = prepared.lengths[fitting], batches_needed(steps, accumulation)
-    order = token_batches(lengths, tokens, count, seed) if tokens else batch_order(len(fitting), batch_size, count, seed, lengths)
+    order = token_batches(lengths, tokens, count, seed, window) if tokens else batch_order(len(fitting), batch_size, count, seed, lengths, window)
     loss = lambda model, batch: answer_loss(backbone, batch)
     log = train(backbone.model, Batches(prepared, [fitting[which] for which in order], pictured=in_pieces()), loss, steps, lr, accumulation=accumulation, seed=seed, **training)
     backbone.model.eval()
@@ -122,7 +125,7 @@ def midtrain_arm(
 ) -> None:
     "Mid-train one backbone and write its folder."
     p = stage.parameters
-    training = {k: p[k] for k in ("steps", "lr", "batch_size", "tokens", "sequence_length", "accumulation", "seed", "optimizer", "schedule", "warmup", "weight_decay", "beta2", "precision", "freeze", "save_every")}
+    training = {k: p[k] for k in ("steps", "lr", "batch_size", "tokens", "window", "sequence_length", "accumulation", "seed", "optimizer", "schedule", "warmup", "weight_decay", "beta2", "precision", "freeze", "save_every")}
     how = dict(threads=threads, checkpointing=checkpointing, tracker=tracker or None, tracker_folder=stage.run / "trackers" / stage.name)
     with shared_stage(stage) as main:
         sources = open_sources(pool)
@@ -135,9 +138,10 @@ def midtrain_arm(
         backbone.save(stage.path)
         measured = before.assign(after=held_out_loss(backbone, others).loss).rename(columns={"loss": "before"})
         write_table(measured, stage.file("held_out.parquet"))
-        write_table(log.drop(columns=TIMES), stage.file("log.parquet"))  # times differ from run to run: they stand in the manifest
+        write_table(log.drop(columns=TIMES), stage.file("log.parquet"))  # times differ from run to run: what they come to stands in the manifest
         many = processes().num_processes
         stage.count(selected=len(chosen), trained=len(chosen) - left_out, longer_than_sequence_length=left_out, **({"processes": many} if many > 1 else {}))
+        stage.speed = speed(log, many * matmul_rate(backbone.device, p["precision"]))
         drawn = [source.name for source in sources if isinstance(source, TabletopSource)]
         stage.file("README.md").write_text(model_card(stage.path.name, p, start, revision, chosen, stage.counts, measured, drawn), encoding="utf-8")
 

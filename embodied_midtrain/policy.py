@@ -24,10 +24,13 @@ from torch import nn
 
 from .actions import ActionNormaliser, check_actions, chunks
 from .backbone import Backbone, load_backbone
+from .batches import Batches, Prepared, batch_order
 from .core import Stage, atomic_path, file_hash, generator, own_files, read_json, seed_for, unknown, write_json, write_table
+from .processes import batches_needed, processes, shared_stage
 from .samples import IMAGE_MARK, ImageRef, Sample, turn
 from .sources.base import open_source
-from .train import TIMES, Batches, Prepared, batch_order, batches_needed, processes, shared_stage, train
+from .speed import matmul_rate, speed
+from .train import TIMES, train
 
 # %% ../nbs/10a_policy.ipynb #8d636189
 @dataclass(frozen=True)
@@ -173,9 +176,10 @@ PROMPT = "What action should the robotic arm take to {instruction}"  # VLM4VLA's
 def changed(
     image: ImageRef,
     change: Callable,   # pixels (H, W, 3) uint8 -> pixels
+    size: tuple = None, # width and height afterwards, where they are known
 ) -> ImageRef:
     "A picture that is changed when it is opened, and not before."
-    return ImageRef(load=lambda: change(np.asarray(image.open())), where=image.where or image.path or "")
+    return ImageRef(load=lambda: change(np.asarray(image.open())), where=image.where or image.path or "", size=size)
 
 def _resized(picture, size): return np.asarray(PIL.Image.fromarray(picture).resize((size, size)))
 
@@ -209,8 +213,8 @@ class Policy(nn.Module):
 
     def sample(self, image: ImageRef, instruction: str, acting: bool = False) -> Sample:
         "What the VLM is shown and asked; the picture is not touched before it is opened."
-        if size := self.settings["resize"]: image = changed(image, partial(_resized, size=size))
-        if acting and (change := AUGMENT[self.settings["augment"]][1]): image = changed(image, change)
+        if size := self.settings["resize"]: image = changed(image, partial(_resized, size=size), (size, size))
+        if acting and (change := AUGMENT[self.settings["augment"]][1]): image = changed(image, change, image.size)
         said = [turn("system", self.settings["system"])] if self.settings["system"] else []
         return Sample("frame/0", "frame", "vla", (image,), (*said, turn("user", f"{IMAGE_MARK}\n{self.settings['prompt'].format(instruction=instruction)}")))
 
@@ -373,6 +377,7 @@ def finetune_arm(
         log = finetune(policy, episodes, state=stage.file("state"), on_step=keep, at=[*p["checkpoints"], p["steps"]], tick=tick, threads=threads, checkpointing=checkpointing, tracker=tracker or None,
                        tracker_folder=stage.run / "trackers" / stage.name, detail=True, **part("steps", "lr", "batch_size", "head_rate", "gripper_weight", "accumulation", "seed", "optimizer", "schedule", "warmup", "weight_decay", "beta2", "freeze", "precision", "save_every"))
         if not main: return
-        write_table(log.drop(columns=TIMES), stage.file("log.parquet"))  # times differ from run to run: they stand in the manifest
+        write_table(log.drop(columns=TIMES), stage.file("log.parquet"))  # times differ from run to run: what they come to stands in the manifest
         many = processes().num_processes
         stage.count(episodes=len(episodes), frames=sum(map(len, episodes)), **({"processes": many} if many > 1 else {}))
+        stage.speed = speed(log, many * matmul_rate(policy.query.device, p["precision"]))

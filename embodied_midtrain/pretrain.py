@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from .backbone import Backbone, answer_loss, load_backbone, tiny_backbone, tiny_tokenizer
+from .batches import batch_order
 from .core import generator, read_json, seed_for, write_json, write_table
 from .samples import IMAGE_MARK
 from .sources.base import open_sources
 from .tabletop.pool import ClipArt, TabletopSource, clip_art, tabletop_pool
 from .tabletop.tasks import TASKS
 from .tabletop.world import NAMES, SIDE
-from .train import batch_order, train
+from .train import train
 
 # %% ../nbs/09b_pretrain.ipynb #b942e183
 POLICY_WORDS = "what action should the robotic arm take to"   # VLM4VLA's prompt, so that it is not spelled by letters
@@ -119,7 +120,7 @@ class Stream:
         specs = tabletop_pool(STRETCH * BATCH + 64, seed_for(self.seed, "pre-training stream", number))
         self.samples = [sample for source in open_sources(specs) for sample in source]
         self.encoded = self.backbone.encode(self.samples, [[self.backbone.model.config.image_seq_length]] * len(self.samples), answers=True)
-        self.order = batch_order(len(self.samples), BATCH, STRETCH, self.seed, [len(e.ids) for e in self.encoded])
+        self.order = batch_order(len(self.samples), BATCH, STRETCH, self.seed, [len(e) for e in self.encoded])
 
 # %% ../nbs/09b_pretrain.ipynb #4c27f059
 def pretrain(

@@ -89,6 +89,7 @@ class ImageRef:
     array: np.ndarray | None = None # pixels (H, W, 3) uint8
     load: Callable | None = None    # called without arguments, gives an encoded file's bytes or pixels; a `functools.partial` of a function can be sent to another process
     where: str = ""                 # what to call it in messages, such as "part-3.tar: 000.jpg"
+    size: tuple | None = None       # width and height once opened, where they are known before
 
     def __post_init__(self):
         if (self.path is None) + (self.data is None) + (self.array is None) + (self.load is None) != 3:

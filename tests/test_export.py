@@ -313,7 +313,7 @@ def test_tokens_are_those_of_the_backbone():
     tiny, count = load_backbone("tiny", device="cpu"), token_counter("tiny")
     for source in open_sources(POOL):
         for sample in list(source)[:12]:
-            tokens = len(tiny.encode([sample], tiny.pixels([sample])[1], answers=True)[0].ids)
+            tokens = len(tiny.encode([sample], tiny.pixels([sample])[1], answers=True)[0])
             assert count(sample, [i.open().size for i in sample.images]) == tokens + len(sample.images)
 
 

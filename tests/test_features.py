@@ -37,6 +37,19 @@ def test_a_corrupt_image_is_set_aside_counted_and_listed(tmp_path):
     assert len(table) == 39 and "photos/7" not in table.ids
 
 
+def test_a_text_with_the_models_own_mark_is_set_aside(tmp_path):
+    "The answer too: mid-training would show it later."
+    spec, out = llava(tmp_path, 40), tmp_path / "out"
+    records = json.loads((tmp_path / "data.json").read_text())
+    records[5]["conversations"][0]["value"] += " <IMG_CONTEXT>"
+    records[9]["conversations"][1]["value"] = "write <IMG_CONTEXT> there"
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    out.mkdir()
+    (told,) = write_features([(0, spec)], folder=str(out), **HOW | {"part_size": 40})
+    assert (told["read"], told["kept"]) == (40, 38) and told["aside"].record.tolist() == ["photos/5", "photos/9"]
+    assert told["aside"].reason.str.contains("holds <IMG_CONTEXT>").all()
+
+
 def test_threads_write_the_same_bytes(tmp_path):
     "Broken images among them: the book keeps the order of the samples, whoever came first."
     spec, folders = llava(tmp_path, 60, broken={3, 31}), [tmp_path / "alone", tmp_path / "threads"]

@@ -22,7 +22,7 @@ from embodied_midtrain.jobs import run_parallel
 from embodied_midtrain.midtrain import held_out_loss, held_out_text, midtrain, midtrain_arm, model_card
 from embodied_midtrain.samples import IMAGE_MARK, ImageRef, Sample, turn
 from embodied_midtrain.tabletop.pool import TabletopSource
-from embodied_midtrain.train import processes
+from embodied_midtrain.processes import processes
 
 
 torch.set_num_threads(1)  # sums are split by threads: a killed process and its successor need the same number to agree to the last bit
@@ -74,7 +74,7 @@ def test_long_samples_are_left_out_never_cut():
     long = chat(5, "what is it", " ".join(["apple"] * 200))
     backbone = fresh([*CHATS, long])
     seen = []
-    backbone.collate = lambda encoded, pixels, collate=backbone.collate: seen.extend(len(e.ids) for e in encoded) or collate(encoded, pixels)
+    backbone.collate = lambda encoded, pixels, collate=backbone.collate: seen.extend(map(len, encoded)) or collate(encoded, pixels)
     _, left_out = midtrain(backbone, [*CHATS, long], steps=3, lr=1e-3, batch_size=5, sequence_length=60)
     assert left_out == 1 and max(seen) <= 60
     with pytest.raises(ValueError, match="raise sequence_length"): midtrain(backbone, [long], 1, 1e-3, 1, sequence_length=60)
@@ -86,7 +86,7 @@ def test_rises_and_falls_are_told_largest_first_over_all_seeds():
     assert held_out_text(table) == ["proximity: fell on 1 of 3: near -0.50; rose on 2: farther +4.00, far +2.50", "random: the same on 1: far"]
 
 
-PARAMETERS = dict(seed=0, steps=6, batch_size=4, tokens=0, accumulation=1, lr=5e-3, optimizer="muon", schedule="linear-tail", warmup=2, weight_decay=0.01, beta2=0.98, precision="no",
+PARAMETERS = dict(seed=0, steps=6, batch_size=4, tokens=0, window=8, accumulation=1, lr=5e-3, optimizer="muon", schedule="linear-tail", warmup=2, weight_decay=0.01, beta2=0.98, precision="no",
                   freeze=[], sequence_length=64, save_every=2)
 POOL = [{"reader": "tabletop", "name": "mini-vcr", "count": 40}]
 

@@ -21,7 +21,7 @@ from embodied_midtrain.core import Stage, file_hash, generator, read_json, read_
 from embodied_midtrain.jobs import run_parallel
 from embodied_midtrain.policy import AUGMENT, HEADS, RECIPES, WHY, ActionHead, Changing, Frames, Policy, action_loss, cropped, differences, finetune, finetune_arm, fit_normaliser, jittered, load_policy, query_states, save_policy, shifted
 from embodied_midtrain.samples import Episode, ImageRef
-from embodied_midtrain.train import processes
+from embodied_midtrain.processes import processes
 
 torch.set_num_threads(1)  # sums are split by threads: a killed process and its successor need the same number to agree to the last bit
 WORDS = ["touch the apple", "push the old jar to the left", "what action should the robotic arm take to"]
@@ -320,12 +320,13 @@ def test_who_learned_from_crops_acts_on_the_middle():
     assert (policy.act([picture], WORDS[:1]) == plain.act([cropped(picture)], WORDS[:1])).all() and (policy.act([picture], WORDS[:1]) != plain.act([picture], WORDS[:1])).any()
 
 
-def test_pictures_stay_closed_until_their_batch():
+@pytest.mark.parametrize("family", ["internvl", "qwen3_vl"])
+def test_pictures_stay_closed_until_their_batch(family):
     "Demonstrations of weeks do not fit into memory: a picture is read, and resized, when its batch is made."
     opened = []
     def load(i): return lambda: opened.append(i) or images(1, i)[0]
     episode = Episode("e/0", "e", tuple(ImageRef(load=load(i)) for i in range(5)), WORDS[0], episodes(1)[0].actions)
-    frames = Frames(Policy(internvl(), NORMALISER, chunk=3, hidden=32, resize=32), [episode])
+    frames = Frames(Policy(globals()[family](), NORMALISER, chunk=3, hidden=32, resize=32), [episode])
     assert opened == []
     frames.batch(np.array([1, 3]))
     assert opened == [1, 3]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +100,7 @@ def test_killed_at_random_moments_equals_uninterrupted(tmp_path):
 def test_killed_in_the_middle_of_a_checkpoint(moment, tmp_path, monkeypatch):
     "At its third: with nothing written yet, the weights half written, all but the log, and in place with the oldest not yet dropped."
     from accelerate import Accelerator
-    from embodied_midtrain import train as module
+    from embodied_midtrain import checkpoints as module
     whole, log = fit()
     saved, removed, calls = Accelerator.save_state, module._remove, []
     die = lambda: os.kill(os.getpid(), signal.SIGKILL)
@@ -359,6 +360,27 @@ def test_checkpointing_of_activations_changes_nothing():
     for a, b in zip(plain.model.parameters(), again.model.parameters()): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+def test_a_checkpoint_belongs_to_its_samples(tmp_path):
+    "The same settings with other samples, or with the same in another order, are another run."
+    tuned(steps=2, state=tmp_path)
+    for more in dict(samples=uneven(48)[24:]), dict(order=batch_order(24, 4, 2, seed=1)):
+        with pytest.raises(ValueError, match="other settings .data"): tuned(steps=2, state=tmp_path, **more)
+
+
+def test_a_batch_without_answers_weighs_nothing():
+    samples = uneven(24)
+    samples[3] = replace(samples[3], messages=samples[3].messages[:1])
+    beside, log = tuned(samples, order=[[3], [0, 1], [2, 4], [3]], steps=2, accumulation=2)
+    alone, _ = tuned(samples, order=[[0, 1], [2, 4]], steps=2)
+    assert np.isfinite(log.loss).all()
+    for a, b in zip(beside.model.parameters(), alone.model.parameters()): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp8", "float16"])
+def test_only_precisions_that_the_loop_understands(precision):
+    with pytest.raises(ValueError, match=f"unknown precision '{precision}'"): tuned(precision=precision)
+
+
 def test_a_tracker_gets_every_row():
     from accelerate.tracking import GeneralTracker
     rows, told = [], {}
@@ -369,7 +391,8 @@ def test_a_tracker_gets_every_row():
         def finish(self): told["finished"] = True
     _, log = tuned(tracker=Own())
     assert [step for step, _ in rows] == [1, 2, 3, 4] and [row["loss"] for _, row in rows] == log.loss.tolist()
-    assert told["lr"] == 2e-3 and told["finished"] and rows[0][1].keys() == set(log.columns) - {"step"}
+    assert told["lr"] == 2e-3 and told["finished"] and rows[0][1].keys() >= set(log.columns) - {"step"}
+    assert all(row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"]) and 0 < row["utilisation"] < 1.5 for _, row in rows)
     with pytest.raises(ImportError, match="'nothing' is not installed"): tuned(tracker="nothing")
 
 

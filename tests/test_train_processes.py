@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from embodied_midtrain.backbone import answer_loss, load_backbone
 from embodied_midtrain.batches import Batches, Prepared, batch_order
 from embodied_midtrain.samples import ImageRef, Sample, turn
-from embodied_midtrain.train import batches_needed, in_pieces, processes, train
+from embodied_midtrain.processes import batches_needed, in_pieces, processes
+from embodied_midtrain.train import train
 
 STEPS = 5
 
