@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.auto import image_processing_auto as automatic
 
 from embodied_midtrain import backbone as backbone_module
 from embodied_midtrain.backbone import FAMILIES, TINY, Backbone, answer_loss, answer_nll, backbone_hash, image_tokens, load_backbone, tiny_backbone, tiny_tokenizer
@@ -166,6 +167,21 @@ def test_tiny_loads_with_plain_transformers():
     model, tokenizer = AutoModelForImageTextToText.from_pretrained(TINY), AutoTokenizer.from_pretrained(TINY)
     assert model.config.model_type == "internvl" and tokenizer.context_image_token == "<IMG_CONTEXT>"
     assert sum(f.stat().st_size for f in TINY.iterdir()) < 4e6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pictures_are_prepared_by_pil_even_where_torchvision_is(family, families, tmp_path, monkeypatch):
+    "Classes that take tensors only stand in for torchvision's, which transformers prefers; `load_backbone` leaves them alone."
+    backbone, named = families[family], automatic.get_image_processor_class_from_name
+    backbone.save(tmp_path)
+    class Torchvision(type(backbone.image_processor)):
+        def normalize(self, image, *args, **how): raise TypeError(f"tensors are wanted, not {type(image)}")
+    monkeypatch.setattr(automatic, "is_torchvision_available", lambda: True)
+    monkeypatch.setattr(automatic, "DEFAULT_TO_PIL_BACKEND_IMAGE_PROCESSORS", [])   # as of torchvision 0.27
+    monkeypatch.setattr(automatic, "get_image_processor_class_from_name", lambda name: named(name) if name.endswith("Pil") else Torchvision)
+    assert type(AutoImageProcessor.from_pretrained(tmp_path)) is Torchvision
+    again, one = load_backbone(str(tmp_path), device="cpu"), [sample("<image>\npoint to the apple", "the")]
+    assert type(again.image_processor) is type(backbone.image_processor) and torch.equal(again.batch(one)["pixel_values"], backbone.batch(one)["pixel_values"])
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("torchvision"), reason="AutoProcessor needs torchvision for these families")
