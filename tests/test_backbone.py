@@ -187,16 +187,20 @@ def test_pictures_are_prepared_by_pil_even_where_torchvision_is(family, families
 @pytest.mark.skipif(not importlib.util.find_spec("torchvision"), reason="AutoProcessor needs torchvision for these families")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_our_inputs_equal_autoprocessors(family, families, tmp_path):
-    "Token for token and pixel for pixel; where a picture is resized, up to the rounding in which torchvision and PIL differ: one step of 255, on noise."
+    """Token for token and pixel for pixel, but where a picture is resized: torch's weights have 16 bits and PIL's 22, so some sums are rounded to the neighbouring number. Of noise, which is the worst, one value in 25 at most,
+    by one step of 255. SmolVLM and Idefics3 resize every picture, and twice: to the longest edge, then to the square. (No tall pictures here: PIL 13 resizes many of them in another order.)"""
     from transformers import AutoProcessor
+    if family == "smolvlm": pytest.importorskip("num2words", reason="SmolVLM's processor wants num2words, to tell of videos")
     backbone = families[family]
     backbone.save(tmp_path)
     processor, one_tile = AutoProcessor.from_pretrained(tmp_path), dict(internvl=dict(crop_to_patches=False), qwen3_vl={}).get(family, dict(do_image_splitting=False))
     plain, two = sample("<image>\npoint to the apple", "the"), sample("<image>\npoint to <image>", "the", images=2)
-    for s, steps in ((plain, 0.01), (two, 0.01), (replace(plain, images=(picture(height=90, width=120),)), 1.1)):
+    twice = family in ("smolvlm", "idefics3")
+    for s, resized in ((plain, twice), (two, twice), (replace(plain, images=(picture(height=90, width=120),)), True)):
         ours, theirs = backbone.batch([s]), processor(images=[image.open() for image in s.images], text=backbone.prompt(s), return_tensors="pt", **one_tile)
         assert ours["input_ids"].tolist() == theirs["input_ids"].tolist()
-        assert (ours["pixel_values"] - theirs["pixel_values"]).abs().max() * max(backbone.image_processor.image_std) * 255 < steps
+        steps = (ours["pixel_values"] - theirs["pixel_values"]).abs() * max(backbone.image_processor.image_std) * 255
+        assert steps.max() < (1.1 if resized else .01) and (steps > .01).float().mean() < .04
 
 
 @pytest.mark.parametrize("name", ["nowhere", "a/b/c", "/no/such/folder"])
