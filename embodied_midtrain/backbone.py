@@ -400,7 +400,7 @@ def load_backbone(
     with _no_bars(): model = AutoModelForImageTextToText.from_pretrained(where, revision=revision, dtype=getattr(torch, dtype))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
-    return Backbone(model.eval().to(device), tokenizer, AutoImageProcessor.from_pretrained(where, revision=revision), name)
+    return Backbone(model.eval().to(device), tokenizer, AutoImageProcessor.from_pretrained(where, revision=revision, backend="pil"), name)
 
 # %% ../nbs/04_backbone.ipynb #688808d8
 def backbone_hash(

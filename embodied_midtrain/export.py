@@ -146,7 +146,8 @@ def token_counter(
     from embodied_midtrain.backbone import TINY, Backbone
     where = str(TINY) if name == "tiny" else name
     if not (Path(where) / "config.json").is_file() and (Path(where).is_absolute() or where.count("/") != 1): raise FileNotFoundError(f"no backbone at {where}: a folder with config.json is wanted, a hub id, or 'tiny'")
-    config, tokenizer, processor = (auto.from_pretrained(where, revision=revision) for auto in (AutoConfig, AutoTokenizer, AutoImageProcessor))
+    config, tokenizer = (auto.from_pretrained(where, revision=revision) for auto in (AutoConfig, AutoTokenizer))
+    processor = AutoImageProcessor.from_pretrained(where, revision=revision, backend="pil")   # as `load_backbone` takes it
     backbone = Backbone(SimpleNamespace(config=config), tokenizer, processor, name)
     around = bool(backbone.family.before) + bool(backbone.family.after)  # the placeholder, which goes, makes room for the line break
     placeholder = tokenizer.convert_tokens_to_ids(backbone.family.image)

@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.auto import image_processing_auto as automatic
 
 from embodied_midtrain import backbone as backbone_module
 from embodied_midtrain.backbone import FAMILIES, TINY, Backbone, answer_loss, answer_nll, backbone_hash, image_tokens, load_backbone, tiny_backbone, tiny_tokenizer
@@ -168,19 +169,38 @@ def test_tiny_loads_with_plain_transformers():
     assert sum(f.stat().st_size for f in TINY.iterdir()) < 4e6
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pictures_are_prepared_by_pil_even_where_torchvision_is(family, families, tmp_path, monkeypatch):
+    "Classes that take tensors only stand in for torchvision's, which transformers prefers; `load_backbone` leaves them alone."
+    backbone, named = families[family], automatic.get_image_processor_class_from_name
+    backbone.save(tmp_path)
+    class Torchvision(type(backbone.image_processor)):
+        def normalize(self, image, *args, **how): raise TypeError(f"tensors are wanted, not {type(image)}")
+    monkeypatch.setattr(automatic, "is_torchvision_available", lambda: True)
+    monkeypatch.setattr(automatic, "DEFAULT_TO_PIL_BACKEND_IMAGE_PROCESSORS", [])   # as of torchvision 0.27
+    monkeypatch.setattr(automatic, "get_image_processor_class_from_name", lambda name: named(name) if name.endswith("Pil") else Torchvision)
+    assert type(AutoImageProcessor.from_pretrained(tmp_path)) is Torchvision
+    again, one = load_backbone(str(tmp_path), device="cpu"), [sample("<image>\npoint to the apple", "the")]
+    assert type(again.image_processor) is type(backbone.image_processor) and torch.equal(again.batch(one)["pixel_values"], backbone.batch(one)["pixel_values"])
+
+
 @pytest.mark.skipif(not importlib.util.find_spec("torchvision"), reason="AutoProcessor needs torchvision for these families")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_our_inputs_equal_autoprocessors(family, families, tmp_path):
-    "Token for token and pixel for pixel; where a picture is resized, up to the rounding in which torchvision and PIL differ: one step of 255, on noise."
+    """Token for token and pixel for pixel, but where a picture is resized: torch's weights have 16 bits and PIL's 22, so some sums are rounded to the neighbouring number. Of noise, which is the worst, one value in 25 at most,
+    by one step of 255. SmolVLM and Idefics3 resize every picture, and twice: to the longest edge, then to the square. (No tall pictures here: PIL 13 resizes many of them in another order.)"""
     from transformers import AutoProcessor
+    if family == "smolvlm": pytest.importorskip("num2words", reason="SmolVLM's processor wants num2words, to tell of videos")
     backbone = families[family]
     backbone.save(tmp_path)
     processor, one_tile = AutoProcessor.from_pretrained(tmp_path), dict(internvl=dict(crop_to_patches=False), qwen3_vl={}).get(family, dict(do_image_splitting=False))
     plain, two = sample("<image>\npoint to the apple", "the"), sample("<image>\npoint to <image>", "the", images=2)
-    for s, steps in ((plain, 0.01), (two, 0.01), (replace(plain, images=(picture(height=90, width=120),)), 1.1)):
+    twice = family in ("smolvlm", "idefics3")
+    for s, resized in ((plain, twice), (two, twice), (replace(plain, images=(picture(height=90, width=120),)), True)):
         ours, theirs = backbone.batch([s]), processor(images=[image.open() for image in s.images], text=backbone.prompt(s), return_tensors="pt", **one_tile)
         assert ours["input_ids"].tolist() == theirs["input_ids"].tolist()
-        assert (ours["pixel_values"] - theirs["pixel_values"]).abs().max() * max(backbone.image_processor.image_std) * 255 < steps
+        steps = (ours["pixel_values"] - theirs["pixel_values"]).abs() * max(backbone.image_processor.image_std) * 255
+        assert steps.max() < (1.1 if resized else .01) and (steps > .01).float().mean() < .04
 
 
 @pytest.mark.parametrize("name", ["nowhere", "a/b/c", "/no/such/folder"])
