@@ -424,13 +424,14 @@ def compare(
     both = after.merge(before[["id", "correct"]], on="id", suffixes=("", "_before"))
     d = both.assign(difference=both.correct.astype(int) - both.correct_before.astype(int))
     drawn, rows = bootstrap_differences(d, mean_of_tasks, generator(0, "retention")), []
-    tasks = d.groupby("task", sort=False).difference
-    for task, x in [*tasks, ("all", d.difference)]:
-        won, lost, group = int((x > 0).sum()), int((x < 0).sum()), d.group[x.index]
-        centre = float(tasks.mean().mean() if task == "all" and mean_of_tasks else x.mean())
+    tasks = [(task, [x]) for task, x in d.groupby("task", sort=False).difference]
+    for task, parts in [*tasks, ("all", [x for _, [x] in tasks] if mean_of_tasks else [d.difference])]:  # what is told is the mean of the parts' means
+        x, group = pd.concat(parts), d.group[pd.concat(parts).index]
+        won, lost = int((x > 0).sum()), int((x < 0).sum())
         low, high = interval(drawn[task].to_numpy(), level)
-        if not won + lost: low, high = np.array([-1, 1]) * norm.ppf((1 + level) / 2) * pair_error(x.to_numpy())
-        rows.append((task, centre, low, high, won, lost, len(x), group.nunique(), swap_test(x, group)))
+        if not won + lost: low, high = np.array([-1, 1]) * norm.ppf((1 + level) / 2) * np.linalg.norm([pair_error(part.to_numpy()) for part in parts]) / len(parts)
+        p = swap_test(pd.concat([part * (max(map(len, parts)) / len(part)) for part in parts]), group)
+        rows.append((task, float(np.mean([part.mean() for part in parts])), low, high, won, lost, len(x), group.nunique(), p))
     return pd.DataFrame(rows, columns=["task", *CHANGE])
 
 # %% ../nbs/11b_retention.ipynb #081510b5

@@ -432,6 +432,27 @@ def test_variants_of_a_question_are_one_piece_of_evidence():
     assert np.allclose(once.p, 2 * .5**8) and np.allclose(many.p, 2 * .5**8) and many.groups.tolist() == [20] * 6 and many.questions.tolist() == [20] * 5 + [100] and many.won["all"] == 40
 
 
+def test_the_headline_and_its_p_speak_of_the_same():
+    "A small task rises, a large one falls: the mean of the two stands still where the questions, pooled, have fallen."
+    def task(name, n, won, lost): return pd.DataFrame(dict(id=[f"{name}{i}" for i in range(n)], task=name, group=[f"{name}{i}" for i in range(n)], a=np.arange(n) < won, b=(won <= np.arange(n)) & (np.arange(n) < won + lost)))
+    def change(*tasks):
+        rows = pd.concat(tasks, ignore_index=True)
+        return [compare(rows.assign(correct=rows.a), rows.assign(correct=rows.b), mean).iloc[-1] for mean in (True, False)]
+    mean, pooled = change(task("small", 20, 5, 0), task("big", 400, 0, 100))
+    assert mean.difference == 0 and np.isclose(mean.p, 1) and pooled.difference < 0 and pooled.p < 1e-9 and (mean.won, mean.lost) == (pooled.won, pooled.lost) == (5, 100)
+    mean, pooled = change(task("small", 21, 15, 0), task("big", 400, 15, 15))  # weights that are no whole numbers
+    assert mean.low > 0 and mean.p < .01 and pooled.p > mean.p
+    mean, pooled = change(task("x", 30, 9, 2), task("y", 30, 4, 3))            # tasks of one size: McNemar's exact test
+    assert mean.p == pooled.p and np.isclose(mean.p, binomtest(13, 18).pvalue)
+
+
+def test_nothing_changed_is_as_uncertain_as_the_headline():
+    "A mean over a small and a large task is less certain than all questions taken together."
+    same = pd.DataFrame(dict(id=range(420), task=["small"] * 20 + ["big"] * 400, group=range(420), correct=True))
+    mean, pooled = (compare(same, same, by_task).iloc[-1] for by_task in (True, False))
+    assert mean.difference == pooled.difference == 0 and mean.high > 3 * pooled.high > 0
+
+
 def test_3dsrbench_is_compared_by_things_and_not_by_variants(tmp_path):
     "48 rows are 12 things; two things known in all their four variants are two pieces of evidence and not eight."
     write_3dsr(tmp_path / "3dsrbench_v1_vlmevalkit_circular.tsv")
