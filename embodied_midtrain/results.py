@@ -7,8 +7,8 @@ __all__ = ['ARMS', 'ARM_STYLE', 'BENCHMARKS', 'COMPARISONS', 'CELL', 'PACKAGE', 
            'KEPT_PARAMETERS', 'success_table', 'in_order', 'checkpoint', 'pairs', 'paired_difference',
            'difference_table', 'span', 'described', 'readable_success', 'readable_differences', 'plot_arm',
            'plot_dynamics', 'plot_bounds', 'paper_table', 'paper_rows', 'beside_paper', 'markdown', 'save_table',
-           'reference_text', 'summary', 'write_results', 'stage_seconds', 'commit_results', 'kept_results',
-           'story_tables', 'plot_story', 'commit_story', 'kept_story']
+           'reference_text', 'summary', 'write_results', 'readable_retention', 'retention_summary', 'stage_seconds',
+           'commit_results', 'kept_results', 'story_tables', 'plot_story', 'commit_story', 'kept_story']
 
 # %% ../nbs/12_results.ipynb #d953648b
 from importlib.resources import files
@@ -270,6 +270,31 @@ def write_results(folder: Path,                   # the stage's folder
     save_table(beside_paper(checkpoint(success)), folder / "tables", "beside_paper")
     with atomic_path(folder / "tables" / "summary.md") as path: path.write_text(summary(episodes, level, bounds), encoding="utf-8")
     save_figure(plot_dynamics(episodes, level, bounds), folder / "dynamics.png", dpi=120)
+
+# %% ../nbs/12_results.ipynb #5d18f3b6
+def readable_retention(metrics: pd.DataFrame,      # retention/metrics.parquet
+                       differences: pd.DataFrame,  # retention/differences.parquet
+                       level: float = 0.95,        # their confidence level
+                       ) -> pd.DataFrame:          # one row a task and checkpoint, as text
+    "What the VLM keeps, for people: percent, the paired change in points, questions won and lost."
+    table = metrics[metrics["metric"] == "accuracy"].merge(differences, how="left", on=["benchmark", "task", "checkpoint"], suffixes=("", "_change"))
+    table = table.sort_values(["benchmark", "task"], key=lambda names: pd.factorize(names)[0], ignore_index=True)
+    changed = lambda texts: [text if there else "-" for text, there in zip(texts, table["difference"].notna())]
+    return pd.DataFrame({"benchmark": table["benchmark"], "task": table["task"], "checkpoint": table["checkpoint"], "accuracy, %": [f"{100 * p:.1f}" for p in table["value"]],
+                         f"{level:.0%} interval": span(table["low"], table["high"], ".1f"), "change, points": changed(f"{100 * d:+.1f}" for d in table["difference"]),
+                         f"its {level:.0%} interval": changed(span(table["low_change"], table["high_change"], "+.1f")),
+                         "won : lost": changed(f"{w:.0f} : {l:.0f}" for w, l in zip(table["won"], table["lost"])), "p": changed(f"{p:.1e}" if p < .001 else f"{p:.3f}" for p in table["p"])})
+
+# %% ../nbs/12_results.ipynb #e93b07d4
+def retention_summary(run: str | Path,  # run folder
+                      ) -> str:         # Markdown
+    "What the VLM keeps and the paper's table 7, from the tables of the stage `retention`; or that it was not run."
+    folder = Path(run) / "retention"
+    if not (folder / "manifest.json").exists(): return "What the VLM keeps is not known: the stage `retention` was not run here. [Retention](11b_retention.ipynb) tells what it asks."
+    metrics, differences, paper = (read_table(folder / f"{name}.parquet") for name in ("metrics", "differences", "beside_paper"))
+    return "\n\n".join([markdown(readable_retention(metrics, differences, read_manifest(folder)["parameters"]["level"])),
+                        "The task *all* is the headline. The change is against the first checkpoint, on the same questions; p is of whole groups of questions. [Retention](11b_retention.ipynb) tells more.",
+                        "#### Beside the paper's table 7", "Another model, and prompts that the paper does not tell: compare the order of its two columns, not the figures.", markdown(paper)])
 
 # %% ../nbs/12_results.ipynb #059589ae
 KEPT = PACKAGE / "results"
