@@ -23,12 +23,13 @@ from .core import BEGUN, MANIFEST, atomic_path, check_run, read_json, readable, 
 STAGES = {  # stage -> its notebook
     "features": "05_features", "gap": "06_gap", "proximity": "07_proximity", "perplexity": "07a_perplexity", "selection": "08_selection",
     "shortcuts": "08b_shortcuts", "stability": "08c_stability", "leakage": "08d_leakage",
-    "midtrain": "09a_midtrain", "policy": "10a_policy", "benchmarks": "11a_benchmarks_tabletop", "retention": "11b_retention", "results": "12_results"}
+    "midtrain": "09a_midtrain", "policy": "10a_policy", "benchmarks": "11a_benchmarks_tabletop", "metaworld": "11f_benchmarks_metaworld",
+    "retention": "11b_retention", "results": "12_results"}
 
 NEEDS = {  # stage -> the stages whose folders it reads, where the profile has them
     "features": [], "gap": ["features"], "proximity": ["features"], "perplexity": ["features"], "selection": ["features", "proximity", "perplexity"],
     "shortcuts": ["features", "proximity"], "stability": ["features", "proximity", "selection"], "leakage": ["features", "selection"], "midtrain": ["features", "selection"],
-    "policy": ["features", "midtrain"], "benchmarks": ["policy"], "retention": ["features", "midtrain"], "results": ["benchmarks", "retention"]}
+    "policy": ["features", "midtrain"], "benchmarks": ["policy"], "metaworld": ["policy"], "retention": ["features", "midtrain"], "results": ["benchmarks", "metaworld", "retention"]}
 
 SPARED = {"retention"}  # shown where it is done; nothing waits for it
 

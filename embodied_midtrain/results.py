@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'ARM_STYLE', 'BENCHMARKS', 'COMPARISONS', 'CELL', 'PACKAGE', 'PAPER_COLUMNS', 'CAVEAT', 'KEPT', 'KEPT_COLUMNS',
-           'KEPT_PARAMETERS', 'success_table', 'in_order', 'checkpoint', 'pairs', 'paired_difference',
+           'KEPT_PARAMETERS', 'PLAYED', 'success_table', 'in_order', 'checkpoint', 'pairs', 'paired_difference',
            'difference_table', 'span', 'described', 'readable_success', 'readable_differences', 'plot_arm',
            'plot_dynamics', 'plot_bounds', 'paper_table', 'paper_rows', 'beside_paper', 'markdown', 'save_table',
-           'reference_text', 'summary', 'write_results', 'readable_retention', 'retention_summary', 'stage_seconds',
-           'commit_results', 'kept_results', 'story_tables', 'plot_story', 'commit_story', 'kept_story']
+           'reference_text', 'summary', 'write_results', 'readable_retention', 'retention_summary', 'played',
+           'stage_seconds', 'commit_results', 'kept_results', 'story_tables', 'plot_story', 'commit_story',
+           'kept_story', 'gap_text']
 
 # %% ../nbs/12_results.ipynb #d953648b
 from importlib.resources import files
@@ -26,7 +27,7 @@ from .stats import mcnemar, paired_interval, wilson
 # %% ../nbs/12_results.ipynb #1ebecdc9
 ARMS = {"base": "no mid-training", "random": "+ random selection", "proximity": "+ proximity selection"}
 ARM_STYLE = {arm: (ARM_COLOUR[arm], *look) for arm, look in {"base": ("s", ":"), "random": ("^", "--"), "proximity": ("o", "-")}.items()}
-BENCHMARKS = {"tabletop": "synthetic tabletop"}  # what a reader must know of a benchmark, said wherever it is named
+BENCHMARKS = {"tabletop": "synthetic tabletop", "metaworld": "Meta-World simulator"}  # what a reader must know of a benchmark, said wherever it is named
 COMPARISONS = [("proximity", other) for other in ARM_COLOUR if other != "proximity"] + [("random", "base")]  # of those that a run has
 
 # %% ../nbs/12_results.ipynb #0e374efc
@@ -299,7 +300,18 @@ def retention_summary(run: str | Path,  # run folder
 # %% ../nbs/12_results.ipynb #059589ae
 KEPT = PACKAGE / "results"
 KEPT_COLUMNS = ["benchmark", "task", "arm", "seed", "step", "episode", "success", "steps"]
-KEPT_PARAMETERS = ["features", "proximity", "selection", "midtrain", "policy", "benchmarks"]  # stages whose parameters shape the result
+KEPT_PARAMETERS = ["features", "proximity", "selection", "midtrain", "policy", "benchmarks", "metaworld"]  # stages whose parameters shape the result
+
+# %% ../nbs/12_results.ipynb #0e254f77
+PLAYED = ("benchmarks", "metaworld")   # stages that play episodes
+
+def played(run: str | Path,         # run folder
+           what: str = "episodes",  # or "bounds"
+           ) -> pd.DataFrame:
+    "The tables of all stages that have played, one below the other; FileNotFoundError when there is none."
+    there = [stage for stage in PLAYED if (Path(run) / stage / "manifest.json").exists()]
+    if not there: raise FileNotFoundError(f"{run} has no episodes: none of the stages {', '.join(PLAYED)} is finished")
+    return pd.concat([read_table(Path(run) / stage / f"{what}.parquet") for stage in there], ignore_index=True)
 
 # %% ../nbs/12_results.ipynb #209ed820
 def stage_seconds(run: str | Path,  # run folder
@@ -318,13 +330,21 @@ def commit_results(run: str | Path,        # finished run folder
                    name: str,              # what it will be called, such as "micro-seeds"
                    out: Path = KEPT,       # folder to keep it in
                    ):
-    "Keep a run's episodes, with the rates of the reference predictors, date, command, machine, versions, seconds and parameters, as files of the package."
-    manifest, bounds = read_manifest(Path(run) / "benchmarks"), read_table(Path(run) / "benchmarks" / "bounds.parquet")
+    "Keep a run's episodes, with the rates of the reference predictors, the gap, date, command, machine, versions, seconds and parameters, as files of the package."
+    run, episodes, bounds = Path(run), played(run), played(run, "bounds")
+    there = {stage: read_manifest(run / stage) for stage in KEPT_PARAMETERS if (run / stage / "manifest.json").exists()}
+    last = list(there.values())[-1]
     rates = bounds.groupby(["benchmark", "task", "predictor"], sort=False)["success"].mean().reset_index()
-    parameters = {stage: read_manifest(Path(run) / stage)["parameters"] for stage in KEPT_PARAMETERS if (Path(run) / stage / "manifest.json").exists()}
-    write_table(read_table(Path(run) / "benchmarks" / "episodes.parquet", KEPT_COLUMNS), Path(out) / f"{name}.parquet")
-    write_json({"command": command, "finished": manifest["finished"], "version": manifest["version"], "machine": manifest["environment"],
-                "seconds": stage_seconds(run), "parameters": parameters, "bounds": rates.to_dict("records")}, Path(out) / f"{name}.json")
+    gap = {"gap": read_table(run / "gap" / "groups.parquet").to_dict("records")} if (run / "gap" / "manifest.json").exists() else {}
+    write_table(episodes[KEPT_COLUMNS], Path(out) / f"{name}.parquet")
+    write_json({"command": command, "finished": last["finished"], "version": last["version"], "machine": last["environment"], "played with": sorted(set(episodes.get("versions", []))), "seconds": stage_seconds(run),
+                "parameters": {stage: _placeless(manifest["parameters"]) for stage, manifest in there.items()}, "bounds": rates.to_dict("records"), **gap}, Path(out) / f"{name}.json")
+
+def _placeless(value):
+    "Parameters without the folders of a machine: of a path its name."
+    if isinstance(value, dict): return {k: _placeless(v) for k, v in value.items()}
+    if isinstance(value, list): return [_placeless(v) for v in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 # %% ../nbs/12_results.ipynb #f5788b6a
 def kept_results(out: Path = KEPT,     # folder of `commit_results`
@@ -384,3 +404,9 @@ def kept_story(name: str,        # as of `commit_story`
                ) -> dict:        # as from `story_tables`
     "The tables of a picture that were kept."
     return {part: read_table(Path(out) / "story" / f"{name}-{part}.parquet") for part in ("map", "scores", "shares")}
+
+# %% ../nbs/12_results.ipynb #73a8e058
+def gap_text(gap: list,  # of `commit_results`: relation, mmd2, low, high
+             ) -> str:
+    "How far apart the data of a run lie, in words."
+    return "Squared MMD with its 95 % interval: " + ", ".join(f"{row['relation']} {row['mmd2']:.3f} ({row['low']:.3f} to {row['high']:.3f})" for row in gap) + "."

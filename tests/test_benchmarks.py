@@ -240,7 +240,7 @@ def test_policies_for_other_robots_are_not_for_the_tabletop(run):
 
 
 def test_films_show_a_success_and_a_failure():
-    played = evaluate(Checkpoint("reach", "base", 0, 1, None), Reflex(), COUNT)
+    played = evaluate(Checkpoint("reach", "base", 0, 1, None), Reflex(), episodes=COUNT)
     assert played["success"].nunique() == 2
     filmed = tabletop.film_policy(Reflex(), played)
     assert sorted(filmed.done) == [False, True]
