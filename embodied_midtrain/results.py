@@ -6,10 +6,10 @@
 __all__ = ['ARMS', 'ARM_STYLE', 'BENCHMARKS', 'COMPARISONS', 'CELL', 'PACKAGE', 'PAPER_COLUMNS', 'CAVEAT', 'KEPT', 'KEPT_COLUMNS',
            'KEPT_PARAMETERS', 'PLAYED', 'success_table', 'in_order', 'checkpoint', 'pairs', 'paired_difference',
            'difference_table', 'span', 'described', 'readable_success', 'readable_differences', 'plot_arm',
-           'plot_dynamics', 'plot_bounds', 'paper_table', 'paper_rows', 'beside_paper', 'markdown', 'save_table',
-           'reference_text', 'summary', 'write_results', 'readable_retention', 'retention_summary', 'played',
-           'stage_seconds', 'commit_results', 'kept_results', 'story_tables', 'plot_story', 'commit_story',
-           'kept_story', 'gap_text']
+           'plot_dynamics', 'plot_bounds', 'plot_loss', 'training_losses', 'paper_table', 'paper_rows', 'beside_paper',
+           'markdown', 'save_table', 'reference_text', 'summary', 'write_results', 'readable_retention',
+           'retention_summary', 'played', 'stage_seconds', 'commit_results', 'kept_results', 'story_tables',
+           'plot_story', 'commit_story', 'kept_story', 'gap_text']
 
 # %% ../nbs/12_results.ipynb #d953648b
 from importlib.resources import files
@@ -157,20 +157,24 @@ def plot_arm(ax,                       # matplotlib axes
 def plot_dynamics(episodes: pd.DataFrame,         # one row an episode
                   level: float = 0.95,            # confidence level of the bands
                   bounds: pd.DataFrame = None,    # episodes of reference predictors: column `predictor` instead of `arm`
+                  losses: pd.DataFrame = None,    # of `training_losses`: a second row of panels
                   ):                              # matplotlib figure
-    "Success at every fine-tuning checkpoint, arms side by side, one panel a task."
+    "Success at every fine-tuning checkpoint, arms side by side, one panel a task; the training loss below it."
     import matplotlib.pyplot as plt
-    table = success_table(episodes, level)
+    table, rows = success_table(episodes, level), 1 if losses is None else 2
     runs = episodes.groupby([*CELL, "seed"], as_index=False)["success"].mean()
     tasks = list(dict.fromkeys(zip(table["benchmark"], table["task"])))
-    figure, axes = plt.subplots(1, len(tasks), figsize=(2.4 + 3 * len(tasks), 3.6), sharey=True, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(rows, len(tasks), figsize=(2.4 + 3 * len(tasks), 1.5 + 2.1 * rows), sharey="row", sharex="col", squeeze=False, layout="constrained")
     for ax, (benchmark, task) in zip(axes[0], tasks):
         here = [t[(t["benchmark"] == benchmark) & (t["task"] == task)] for t in (table, runs)]
         for arm in here[0]["arm"].unique(): plot_arm(ax, arm, *(t[t["arm"] == arm] for t in here))
         if bounds is not None: plot_bounds(ax, bounds[(bounds["benchmark"] == benchmark) & (bounds["task"] == task)])
-        ax.set(title=f"{described([benchmark])[0]}: {task}", xlabel="fine-tuning step", ylim=(-.03, 1.03), xticks=sorted(here[0]["step"].unique()))
-        ax.spines[["top", "right"]].set_visible(False)
+        ax.set(title=f"{described([benchmark])[0]}: {task}", ylim=(-.03, 1.03), xticks=sorted(here[0]["step"].unique()))
     axes[0, 0].set_ylabel("closed-loop success")
+    for ax, (_, task) in zip(axes[1] if rows > 1 else (), tasks): plot_loss(ax, losses[losses["task"] == task])
+    if rows > 1: axes[1, 0].set_ylabel("training loss")
+    for ax in axes[-1]: ax.set_xlabel("fine-tuning step")
+    for ax in axes.flat: ax.spines[["top", "right"]].set_visible(False)
     named = {label: line for ax in axes[0] for line, label in zip(*ax.get_legend_handles_labels())}
     figure.legend(named.values(), named, frameon=False, fontsize=8, columnspacing=1.2, loc="outside lower center", ncols=3 if len(tasks) == 1 else 6)
     return figure
@@ -182,6 +186,29 @@ def plot_bounds(ax,                       # matplotlib axes
     "Reference lines: what the scripted expert and random actions reach on the same episodes. Their names go to the legend: beside the line they would lie on an arm's."
     for i, (predictor, success) in enumerate(bounds.groupby("predictor")["success"].mean().items()):
         ax.axhline(success, color="#777777", linewidth=1, linestyle=[(0, (1, 1)), (0, (6, 3)), (0, (6, 2, 1, 2))][i % 3], zorder=1, label=predictor)
+
+# %% ../nbs/12_results.ipynb #525d90b5
+def plot_loss(ax,                     # matplotlib axes
+              losses: pd.DataFrame,   # of `training_losses`, one task
+              smooth: int = 20,       # steps
+              ):
+    "The smoothed training loss of every arm along fine-tuning, on a logarithmic scale."
+    for arm, rows in losses.groupby("arm", sort=False):
+        mean = rows.groupby("step")["loss"].mean().rolling(smooth, min_periods=1).mean()
+        colour, _, line = ARM_STYLE.get(arm, (ARM_COLOUR.get(arm, "black"), "", "-."))
+        ax.plot(mean.index, mean, color=colour, linestyle=line, linewidth=1.2)
+    ax.set_yscale("log")
+
+# %% ../nbs/12_results.ipynb #07f4b2f0
+def training_losses(run: str | Path,  # run folder
+                    ) -> pd.DataFrame:  # task, arm, seed, step, loss
+    "The loss at every step of all fine-tunings of a run, as the policy stage wrote them."
+    tables = []
+    for name in read_manifest(Path(run) / "policy")["inputs"]:   # policy/<task>/<arm>-<seed>
+        _, task, player = name.split("/")
+        arm, seed = player.rsplit("-", 1)
+        tables.append(read_table(Path(run) / name / "log.parquet", ["step", "loss"]).assign(task=task, arm=arm, seed=int(seed)))
+    return pd.concat(tables, ignore_index=True)
 
 # %% ../nbs/12_results.ipynb #c6156cd4
 PACKAGE = Path(str(files("embodied_midtrain")))
@@ -263,6 +290,7 @@ def write_results(folder: Path,                   # the stage's folder
                   episodes: pd.DataFrame,         # one row an episode
                   level: float = 0.95,            # confidence level
                   bounds: pd.DataFrame = None,    # episodes of reference predictors
+                  losses: pd.DataFrame = None,    # of `training_losses`
                   ):
     "Write all tables, the summary and the figure of the training dynamics."
     success, differences = success_table(episodes, level), difference_table(episodes, level)
@@ -270,7 +298,7 @@ def write_results(folder: Path,                   # the stage's folder
     save_table(differences, folder / "tables", "differences", readable_differences(differences, level))
     save_table(beside_paper(checkpoint(success)), folder / "tables", "beside_paper")
     with atomic_path(folder / "tables" / "summary.md") as path: path.write_text(summary(episodes, level, bounds), encoding="utf-8")
-    save_figure(plot_dynamics(episodes, level, bounds), folder / "dynamics.png", dpi=120)
+    save_figure(plot_dynamics(episodes, level, bounds, losses), folder / "dynamics.png", dpi=120)
 
 # %% ../nbs/12_results.ipynb #5d18f3b6
 def readable_retention(metrics: pd.DataFrame,      # retention/metrics.parquet

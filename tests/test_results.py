@@ -149,3 +149,17 @@ def test_kept_results_are_enough_to_make_all_tables_again(tmp_path):
 
 def test_an_unfinished_run_is_not_kept(tmp_path):
     with pytest.raises(FileNotFoundError): results.commit_results(tmp_path, "emt run", "kept", tmp_path)
+
+
+def test_losses_stand_below_the_success_of_the_same_task(tmp_path):
+    "Of the policies that the stage names, and of no other folder."
+    from embodied_midtrain.core import write_json, write_table
+    names = [f"policy/{task}/{arm}-{seed}" for task in ("reach", "lift") for arm in ("base", "proximity") for seed in (0, 1)]
+    for i, name in enumerate([*names, "policy/reach/left-over-0"]): write_table(pd.DataFrame(dict(step=range(1, 31), loss=.1 + i, lr=0.)), tmp_path / name / "log.parquet")
+    write_json(dict(inputs=dict.fromkeys(names, "key")), tmp_path / "policy" / "manifest.json")
+    losses = results.training_losses(tmp_path)
+    assert losses.groupby(["task", "arm", "seed"]).size().tolist() == [30] * 8 and losses[(losses.task == "lift") & (losses.arm == "base")].groupby("seed").loss.first().tolist() == [4.1, 5.1]
+    figure = results.plot_dynamics(episodes(), losses=losses)
+    below = figure.axes[len(figure.axes) // 2:]
+    lines = below[0].get_lines()
+    assert len(figure.axes) == 2 * len(below) and len(lines) == 2 and lines[0].get_ydata()[-1] == pytest.approx(.6) and lines[1].get_ydata()[-1] == pytest.approx(2.6)
