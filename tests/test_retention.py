@@ -353,8 +353,8 @@ def accuracies(spec, folder, count=0, **how):
 
 FORMS = {  # row of POPE, what was said -> row of answers
     "POPE's own": lambda row, said: dict(question=row["text"].lower(), answer=said),  # without ids, in the order of the questions
-    "LLaVA's": lambda row, said: dict(question_id=row["question_id"], prompt=row["text"], text=said, answer_id="x", model_id="y", metadata={}),
-    "InternVL's": lambda row, said: dict(question_id=row["question_id"], question=row["text"], answer=said)}
+    "LLaVA's fields": lambda row, said: dict(question_id=row["question_id"], prompt=row["text"], text=said, answer_id="x", model_id="y", metadata={}),
+    "with ids": lambda row, said: dict(question_id=row["question_id"], question=row["text"], answer=said)}
 
 
 @pytest.mark.parametrize("form", FORMS)
