@@ -212,15 +212,16 @@ def evaluate_policies(
     import pandas as pd
     from embodied_midtrain.core import read_table
     from embodied_midtrain.evaluate import benchmark_of, evaluate, told
-    from embodied_midtrain.outcomes import outcome_text
+    from embodied_midtrain.outcomes import apart, outcome_text
     chosen = benchmark_of(benchmark, episodes, tasks.split(",") if tasks else None, dict(_parameter(text) for text in param or ()))
     how = dict(python=python, docker=docker, workers=workers, execute=execute, batch=batch, videos=videos, render=render)
     each_once = {policy.resolve(): policy for policy in policies}.values()
     try: stages = [evaluate(policy, chosen, run, **how) for policy in each_once]
     except RuntimeError as error: raise typer.Exit(_complain(f"{error}\nto go on from here: the same command; it plays what is missing", 1)) from error
     typer.echo(told(stages))
-    table = pd.concat([read_table(stage.file("episodes.parquet")) for stage in stages])
-    if table["arm"].nunique() > 1: typer.echo(f"\n{outcome_text(chosen.name, table)}")
+    played = pd.concat([read_table(stage.file("episodes.parquet")).assign(evaluation=str(stage.path)) for stage in stages], ignore_index=True)
+    for title, table in apart(played).items():
+        if table["arm"].nunique() > 1: typer.echo(f"\n{outcome_text(chosen.name, table, title)}")
 
 def _parameter(text: str) -> tuple:
     "Name and value of one --param."
@@ -236,7 +237,7 @@ def see_outcomes(
 ):
     "Say what the arms of a run reached on every benchmark that emt evaluate played, how they differ, and what the paper says."
     from embodied_midtrain.outcomes import evaluations, outcome_text
-    typer.echo("\n\n".join(outcome_text(benchmark, table) for benchmark, table in evaluations(run).items()))
+    typer.echo("\n\n".join(outcome_text(table["benchmark"].iloc[0], table, title) for title, table in evaluations(run).items()))
 
 # %% ../nbs/13a_cli.ipynb #ceba96bc
 @app.command("doctor")

@@ -22,7 +22,7 @@ from .core import atomic_path, read_json, read_manifest, read_table, unknown, wr
 from .gap import save_figure
 from .proximity import GROUP_COLOUR, some_scores
 from .selection import ARM_COLOUR
-from .stats import mcnemar, paired_interval, wilson
+from .stats import mcnemar, paired_interval, pairs_needed, wilson
 
 # %% ../nbs/12_results.ipynb #1ebecdc9
 ARMS = {"base": "no mid-training", "random": "+ random selection", "proximity": "+ proximity selection"}
@@ -88,7 +88,7 @@ def paired_difference(episodes: pd.DataFrame,  # one benchmark, task and step
     d = pairs(episodes, a, b)
     low, high = paired_interval(d, level)
     return {"difference": float(d.mean()), "low": low, "high": high, "seeds": len(d), "pairs": d.size,
-            "wins": int((d > 0).sum()), "losses": int((d < 0).sum()), "mcnemar_p": mcnemar(d),
+            "wins": int((d > 0).sum()), "losses": int((d < 0).sum()), "mcnemar_p": mcnemar(d), "needed": pairs_needed(d),
             "covers": "seeds and episodes" if len(d) > 1 else "episodes only"}
 
 # %% ../nbs/12_results.ipynb #8629f906
@@ -138,7 +138,8 @@ def readable_differences(table: pd.DataFrame,    # of `difference_table`
                          "difference of": table["arm"] + " - " + table["minus"], "points": [f"{100 * d:+.1f}" for d in table["difference"]],
                          f"{level:.0%} interval": span(table["low"], table["high"], "+.1f"), "interval covers": table["covers"],
                          "pairs won : lost": [f"{w} : {l}" for w, l in table[["wins", "losses"]].itertuples(index=False)],
-                         "McNemar p": [f"{p:.1e}" if p < .001 else f"{p:.3f}" for p in table["mcnemar_p"]]})
+                         "McNemar p": [f"{p:.1e}" if p < .001 else f"{p:.3f}" for p in table["mcnemar_p"]],
+                         "pairs that it needs": ["-" if np.isinf(n) else f"{n:,.0f}" for n in table["needed"]]})
 
 # %% ../nbs/12_results.ipynb #0fc0bca1
 def plot_arm(ax,                       # matplotlib axes

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOSSES', 'wilson', 'proportion', 'mean_of', 'pair_error', 'crossed_error', 'paired_interval', 'mcnemar', 'swap_test',
-           'bootstrap_differences', 'episodes_needed']
+           'bootstrap_differences', 'episodes_needed', 'pairs_needed']
 
 # %% ../nbs/10b_stats.ipynb #6b5ef050
 import numpy as np
@@ -130,3 +130,9 @@ def episodes_needed(a: float,             # true success of one arm, 0..1
     from statsmodels.stats.power import NormalIndPower
     from statsmodels.stats.proportion import proportion_effectsize
     return int(np.ceil(NormalIndPower().solve_power(proportion_effectsize(a, b), power=power, alpha=1 - level)))
+
+# %% ../nbs/10b_stats.ipynb #26fc6fa6
+def pairs_needed(d: np.ndarray,   # differences of pairs, any shape
+                 ) -> float:      # pairs; infinite where there is no difference
+    "How many pairs a difference of this size needs, to be found with a chance of 80 %."
+    return float(max(1, np.ceil(2.8 ** 2 * np.append(d, [1, -1]).var() / d.mean() ** 2))) if d.mean() else np.inf
