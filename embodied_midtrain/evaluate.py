@@ -77,10 +77,10 @@ _ALL = [
               install='pip install "embodied-midtrain[benchmarks,metaworld]"', known=_metaworld_tasks, groups=_metaworld_groups, renders=False, hashed=("embodied_midtrain.benchmarks",)),
     Benchmark("calvin", (dict(benchmark="vla_eval.benchmarks.calvin.benchmark:CALVINBenchmark", episodes_per_task=1, max_steps=1800, params=dict(num_sequences=1000, seed=0)),),
               "ABC-D, 1,000 chains of 5 tasks, 360 steps each", 10, calvin_units, "rgb_static", ("calvin_env", "calvin_agent", "pybullet", "hydra", "torch"), ("pybullet", "numpy", "torch"),
-              "tests/simulators/calvin.sh makes an environment of its own, then --python", hashed=("calvin_env", "calvin_agent")),
+              "tests/simulators/calvin.sh simulators/calvin CALVIN CALVIN_ENV (checkouts of github.com/mees/calvin and calvin_env), then --python simulators/calvin/bin/python", hashed=("calvin_env", "calvin_agent")),
     Benchmark("libero_10", (dict(benchmark="vla_eval.benchmarks.libero.benchmark:LIBEROBenchmark", subname="libero_10", episodes_per_task=50, max_steps=520, params=dict(suite="libero_10", seed=7, env_seed=0)),),
               "10 tasks x 50 fixed initial states, 520 steps after 10 of settling", 4, gripper_closes, "agentview", ("libero", "robosuite", "mujoco", "torch"), ("hf-libero", "robosuite", "mujoco", "numpy"),
-              "tests/simulators/libero.sh makes an environment of its own, then --python", hashed=("libero",)),
+              "tests/simulators/libero.sh simulators/libero LIBERO/libero/libero/assets (of a checkout of github.com/Lifelong-Robot-Learning/LIBERO), then --python simulators/libero/bin/python", hashed=("libero",)),
     Benchmark("simpler_bridge", tuple(_bridge_entry(*task) for task in BRIDGE.items()), "4 tasks x 24 fixed configurations, 60 steps (eggplant 120), success at the last step", 4, axis_angle, "primary",
               ("simpler_env",), ("simpler-env", "mani-skill2-real2sim", "sapien", "numpy"), "an environment of its own with SimplerEnv, then --python", known=lambda entry: [entry["subname"]]),
 ]
