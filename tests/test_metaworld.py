@@ -277,3 +277,23 @@ def test_the_chain_of_the_profile(tmp_path, monkeypatch, lean_notebooks):
     again = evaluate(run / "policy/plate-slide-v3/base-0/step-2", benchmark_of("metaworld", 2, ["plate-slide-v3"], dict(image_size=64, limit=12)), run, videos=0)
     alike = ["episode", "success", "steps"]
     assert read_table(again.file("episodes.parquet"))[alike].sort_values("episode").to_numpy().tolist() == episodes[episodes["arm"] == "base"][alike].to_numpy().tolist()
+
+
+def test_of_a_group_the_tasks_that_cannot_be_decided_are_left_out_and_told(tmp_path, monkeypatch):
+    monkeypatch.setitem(mw.GROUPS, "two", ("reach-v3", "pick-out-of-hole-v3"))
+    decided = mw.record(tmp_path / "decided", ["two"], 1, 32)
+    assert decided.counts["kept"] == 1 and decided.counts["left_out"] == ["pick-out-of-hole-v3"] and decided.parameters["tasks"] == ["reach-v3"]
+    efforts = mw.record(tmp_path / "efforts", ["two"], 1, 32, decided=False)
+    assert efforts.counts["kept"] == 2 and "left_out" not in efforts.counts
+
+
+def test_groups_are_those_of_lerobots_evaluation():
+    "A task of each whose place is not obvious, and none in two."
+    assert all(task in mw.GROUPS[group] for task, group in {"peg-unplug-side-v3": "easy", "reach-wall-v3": "easy", "hammer-v3": "medium", "push-wall-v3": "medium", "push-v3": "hard", "assembly-v3": "hard", "shelf-place-v3": "very hard", "stick-push-v3": "very hard"}.items())
+    assert sum(map(len, mw.GROUPS.values())) == len(set().union(*mw.GROUPS.values())) == len(mw.INSTRUCTIONS) == 50
+
+
+def test_a_group_may_be_asked_for_by_its_name():
+    from embodied_midtrain.evaluate import benchmark_of
+    assert benchmark_of("metaworld", 1, ["very hard", "reach-v3"]).entries[0]["tasks"] == [*mw.GROUPS["very hard"], "reach-v3"]
+    with pytest.raises(ValueError, match="unknown task 'hrad'"): benchmark_of("metaworld", 1, ["hrad"])
