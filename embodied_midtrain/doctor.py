@@ -9,11 +9,11 @@ __all__ = ['APT', 'BROWSERS', 'EXTRAS', 'ASSETS', 'Finding', 'look_at_core', 'lo
 # %% ../nbs/11e_doctor.ipynb #4cf8bc97
 import ctypes.util, importlib.metadata, importlib.util, os, platform, re, shutil, sys
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
 
-from .benchmarks.metaworld import choose_gl, egl_devices
 from .evaluate import BENCHMARKS, interpreter, probe
 
 # %% ../nbs/11e_doctor.ipynb #fc30032c
@@ -66,13 +66,15 @@ def look_at_machine(
     "GPU, disk, libraries that draw, browser."
     free, browser = shutil.disk_usage(folder).free / 1e9, next(filter(None, map(shutil.which, BROWSERS)), None)
     drivers = [path for place in ("/usr/share", "/etc", "/usr/local/share") for path in Path(place, "vulkan/icd.d").glob("*.json")]
-    library = ctypes.util.find_library
+    library, many = ctypes.util.find_library, _metaworld().egl_devices()
     return [_gpu(),
             Finding("machine", "disk", "ok" if free > 10 else "missing", f"{free:.0f} GB free", "" if free > 10 else "free some space: checkpoints and features take room"),
-            _there("EGL", library("EGL") and (many := egl_devices()) and f"{library('EGL')}, {many} device{'s' if many > 1 else ''}", f"{APT} libegl1 libgl1-mesa-dri"),
+            _there("EGL", library("EGL") and many and f"{library('EGL')}, {many} device{'s' if many > 1 else ''}", f"{APT} libegl1 libgl1-mesa-dri"),
             _there("OSMesa", library("OSMesa"), f"{APT} libosmesa6"),
             _there("Vulkan", library("vulkan") and drivers and f"{library('vulkan')}, {', '.join(sorted({path.stem.split('.')[0] for path in drivers}))}", f"{APT} libvulkan1 mesa-vulkan-drivers"),
             _there("browser", browser and Path(browser).name, f"{APT} chromium")]
+
+def _metaworld(): return import_module("embodied_midtrain.benchmarks.metaworld")   # which knows how to draw; its page comes after this one
 
 def _there(what: str, found, mend: str, part: str = "machine") -> Finding:
     return Finding(part, what, "ok" if found else "missing", str(found or "not found"), "" if found else mend)
@@ -122,7 +124,7 @@ def _libero_assets(benchmark, python):
     if not (assets / "stable_scanned_objects").is_dir(): return f"{file} names {assets}, which holds no assets", mend
 
 def _metaworld_assets(benchmark, python):
-    try: choose_gl(dict(os.environ))
+    try: _metaworld().choose_gl(dict(os.environ))
     except OSError: return "nothing here can draw", f"{APT} libegl1 libgl1-mesa-dri"
 
 def _prefix(python): return Path(interpreter(python)).parent.parent   # of an environment
