@@ -135,7 +135,8 @@ PAPER_CELLS = {   # benchmark -> (table of the paper, our name -> its column, in
     "calvin": ("table1_main", {f"{k} in a row": f"calvin_{k}" for k in range(1, 6)} | {"average length": "calvin_avg_len"}),
     "simpler_bridge": ("table5_simpler", dict(widowx_carrot_on_plate="carrot", widowx_put_eggplant_in_basket="eggplant", widowx_spoon_on_towel="spoon", widowx_stack_cube="cube") | {"mean of tasks": "mean"}),
     "libero_10": ("table1_main", {"mean of tasks": "libero_10"})}
-MEANS = {"calvin": "calvin_avg_len", "simpler_bridge": "simpler_bridge", "libero_10": "libero_10"}   # columns of table 2, which has the random selection
+PAPER_CELLS["simpler_bridge_ms3"] = PAPER_CELLS["simpler_bridge"]   # the paper's is ManiSkill2
+MEANS = {"calvin": "calvin_avg_len", "simpler_bridge": "simpler_bridge", "simpler_bridge_ms3": "simpler_bridge", "libero_10": "libero_10"}   # columns of table 2, which has the random selection
 
 def paper_cells(benchmark: str,                # of `emt evaluate`
                 model: str = "InternVL3.5-1B", # backbone in the paper's tables
@@ -190,7 +191,7 @@ def outcome_text(benchmark: str,           # of `emt evaluate`
     "What the arms of a run reached on a benchmark, how they differ, and what the paper says."
     length, ends = "completed_subtasks" in episodes, finals(episodes)
     table, steps = reached(ends), sorted(ends["step"].unique())
-    paper = "" if paper_cells(benchmark).empty else "; the paper's figures are single runs of other policies"
+    paper = "" if paper_cells(benchmark).empty else "; the paper's figures are single runs of other policies" + (", on another simulator (ManiSkill2)" if benchmark.endswith("_ms3") else "")
     many = int(table["seeds"].max())
     seeds = "one seed: the intervals of success cover the episodes alone" if many == 1 else f"{many} seeds, pooled in the intervals of success, which are somewhat too narrow for it"
     parts = [f"## {title or benchmark}, fine-tuning step {', '.join(map(str, steps))}", f"Intervals are 95 %, over {int(table['episodes'].max())} episodes an arm; {seeds}{paper}.", markdown(beside_paper(benchmark, table))]
