@@ -9,7 +9,7 @@ __all__ = ['ARMS', 'ARM_STYLE', 'BENCHMARKS', 'COMPARISONS', 'CELL', 'PACKAGE', 
            'plot_dynamics', 'plot_bounds', 'plot_loss', 'training_losses', 'paper_table', 'paper_rows', 'beside_paper',
            'markdown', 'save_table', 'reference_text', 'summary', 'write_results', 'readable_retention',
            'retention_summary', 'played', 'stage_seconds', 'commit_results', 'kept_results', 'story_tables',
-           'plot_story', 'commit_story', 'kept_story', 'gap_text']
+           'plot_story', 'commit_story', 'kept_story', 'kept_stories', 'gap_text']
 
 # %% ../nbs/12_results.ipynb #d953648b
 from importlib.resources import files
@@ -433,6 +433,10 @@ def kept_story(name: str,        # as of `commit_story`
                ) -> dict:        # as from `story_tables`
     "The tables of a picture that were kept."
     return {part: read_table(Path(out) / "story" / f"{name}-{part}.parquet") for part in ("map", "scores", "shares")}
+
+def kept_stories(out: Path = KEPT) -> list:   # names for `kept_story`
+    "The pictures that were kept."
+    return sorted(path.stem.removesuffix("-map") for path in (Path(out) / "story").glob("*-map.parquet"))
 
 # %% ../nbs/12_results.ipynb #73a8e058
 def gap_text(gap: list,  # of `commit_results`: relation, mmd2, low, high

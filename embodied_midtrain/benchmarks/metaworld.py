@@ -149,7 +149,7 @@ class Camera:
         self.mj.mjr_readPixels(image, None, area, self.context)   # the lowest row first: the vertical flip is already there
         return np.ascontiguousarray(image[:, ::-1])
 
-def _free(context, gl): context.free(); gl.free()
+def _free(context, gl): gl.make_current(); context.free(); gl.free()   # of another context that is current it would take what has the same numbers
 
 # %% ../../nbs/11f_benchmarks_metaworld.ipynb #d662251b
 def test_seed(seed: int = 0) -> int:   # the protocol's is 0
@@ -501,6 +501,9 @@ if __name__ == "__main__" and __spec__: main()   # a notebook has no __spec__
 # %% ../../nbs/11f_benchmarks_metaworld.ipynb #f8b198e1
 TOGETHER = 25   # episodes at a time: a simulator takes 25 MB
 
+@lru_cache(maxsize=1)
+def _tests(task, image_size, limit): return Metaworld(task, 0, image_size, limit=limit)   # making simulators takes seconds, and the next policy of the task needs them, too
+
 def play_episodes(task: str,             # one of INSTRUCTIONS
                   predictor,             # anything with `act`
                   episodes: int = 50,    # test episodes
@@ -509,11 +512,10 @@ def play_episodes(task: str,             # one of INSTRUCTIONS
                   limit: int = 500,      # steps of an episode
                   ) -> pd.DataFrame:     # episode, success, steps
     "Play a task's test episodes."
-    env, tables = Metaworld(task, 0, image_size, limit=limit), []
+    env, tables = _tests(task, image_size, limit), []
     for start in range(0, episodes, TOGETHER):
         env.restart(range(start, min(start + TOGETHER, episodes)))
         tables.append(run_episodes(env, predictor, execute).assign(episode=env.numbers))
-    env.close()
     return pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/11f_benchmarks_metaworld.ipynb #16dc865d
