@@ -195,7 +195,7 @@ def _spoken(benchmark: str | None) -> dict:
 @app.command("evaluate")
 def evaluate_policies(
     policies: Annotated[list[Path], typer.Argument(help="Folders with policy.json; several are compared on the same episodes.")],
-    benchmark: Annotated[str, typer.Option(help="tabletop, metaworld, calvin, libero_10, simpler_bridge, or module:Class of a vla-eval benchmark.")],
+    benchmark: Annotated[str, typer.Option(help="tabletop, metaworld, calvin, libero_10, simpler_bridge, simpler_bridge_ms3, or module:Class of a vla-eval benchmark.")],
     run: Annotated[Path, typer.Option(help="Run folder; the results go to evaluate/ in it.")] = Path("runs/evaluate"),
     episodes: Annotated[Optional[int], typer.Option(help="Of each task, instead of the protocol's.")] = None,
     tasks: Annotated[Optional[str], typer.Option(help="Only these, such as reach,push.")] = None,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BRIDGE', 'BENCHMARKS', 'VIDEOS', 'WHO', 'Benchmark', 'gripper_closes', 'calvin_units', 'axis_angle', 'benchmark_of',
-           'interpreter', 'probe', 'need_benchmark', 'configuration', 'play', 'episodes_of', 'Starts', 'keep_videos',
-           'policy_facts', 'Measured', 'evaluate', 'success_table', 'same_starts', 'told']
+           'interpreter', 'ask', 'probe', 'need_benchmark', 'configuration', 'play', 'episodes_of', 'Starts',
+           'keep_videos', 'policy_facts', 'Measured', 'evaluate', 'success_table', 'same_starts', 'told']
 
 # %% ../nbs/11d_evaluate.ipynb #e7d6defc
 import json, os, re, shutil, sqlite3, subprocess, sys, tempfile, time
@@ -59,9 +59,9 @@ def _metaworld_tasks(entry: dict) -> list:
     from importlib import import_module   # its module comes after this one
     return ["metaworld", *import_module("embodied_midtrain.benchmarks.metaworld").tasks_of(*entry["params"].get("tasks", ["mt50"]))]
 
-def _bridge_entry(task: str, steps: int) -> dict:
-    return dict(benchmark="vla_eval.benchmarks.simpler.benchmark:SimplerEnvBenchmark", subname=task, episodes_per_task=24, max_steps=steps,
-                params=dict(task_name=task, max_episode_steps=steps, success_mode="truncation", seed=0))
+def _bridge(benchmark: str, **more) -> tuple:
+    "An entry a task, since their lengths differ."
+    return tuple(dict(benchmark=benchmark, subname=task, episodes_per_task=24, max_steps=steps, params=dict(task_name=task, max_episode_steps=steps, seed=0, **more)) for task, steps in BRIDGE.items())
 
 _ALL = [
     Benchmark("tabletop", (dict(benchmark="embodied_midtrain.benchmarks.tabletop:TabletopBenchmark", episodes_per_task=300, params=dict(tasks=["reach", "push", "lift", "put"], episodes=300)),),
@@ -76,8 +76,10 @@ _ALL = [
     Benchmark("libero_10", (dict(benchmark="vla_eval.benchmarks.libero.benchmark:LIBEROBenchmark", subname="libero_10", episodes_per_task=50, max_steps=520, params=dict(suite="libero_10", seed=7, env_seed=0)),),
               "10 tasks x 50 fixed initial states, 520 steps after 10 of settling", 4, gripper_closes, "agentview", ("libero", "robosuite", "mujoco", "torch"), ("hf-libero", "robosuite", "mujoco", "numpy"),
               "tests/simulators/libero.sh makes an environment of its own, then --python"),
-    Benchmark("simpler_bridge", tuple(_bridge_entry(*task) for task in BRIDGE.items()), "4 tasks x 24 fixed configurations, 60 steps (eggplant 120), success at the last step", 4, axis_angle, "primary",
+    Benchmark("simpler_bridge", _bridge("vla_eval.benchmarks.simpler.benchmark:SimplerEnvBenchmark", success_mode="truncation"), "4 tasks x 24 fixed configurations, 60 steps (eggplant 120), success at the last step", 4, axis_angle, "primary",
               ("simpler_env",), ("simpler-env", "mani-skill2-real2sim", "sapien", "numpy"), "an environment of its own with SimplerEnv, then --python", known=lambda entry: [entry["subname"]]),
+    Benchmark("simpler_bridge_ms3", _bridge("embodied_midtrain.benchmarks.simpler:SimplerBridge"), "the same tasks, configurations and steps on ManiSkill3, which is another simulator", 4, camera="primary",
+              needs=("embodied_midtrain", "mani_skill", "sapien", "torch", "scipy"), versions=("mani-skill", "sapien", "torch", "numpy"), install="tests/simulators/simpler.sh makes an environment of its own, then --python", known=lambda entry: [entry["subname"]]),
 ]
 BENCHMARKS = {benchmark.name: benchmark for benchmark in _ALL}
 
@@ -133,19 +135,26 @@ def interpreter(python: str = None) -> str:   # the path of an interpreter, ours
     "A Python's path as it can be called from any folder (a link in an environment stays the link: it is what makes the environment)."
     return os.path.abspath(shutil.which(python) or python) if python else sys.executable
 
+def ask(
+    python: str,            # an interpreter; None for ours
+    *words: str,            # what comes behind it on the command line
+) -> str:                   # what it prints
+    "Run a Python that is lent this package. Raises ValueError when there is no such Python, or it fails."
+    given, python = python, interpreter(python)
+    try:
+        with _lent(python) as env: answer = subprocess.run([python, *words], capture_output=True, text=True, env=env, timeout=_PATIENCE, cwd=os.sep)   # not in a folder whose files could pass for packages
+    except OSError as error: raise ValueError(f"--python {given}: {error.strerror}: the path of an interpreter is wanted, such as simulator/bin/python") from None
+    except subprocess.TimeoutExpired: raise ValueError(f"{f'--python {given}' if given else python} did not answer within {_PATIENCE} seconds: is it a Python, and does {python} -c 'import vla_eval' come to an end?") from None
+    if answer.returncode: raise ValueError(f"--python {given} is no Python that works: {answer.stderr.strip()[-300:]}")
+    return answer.stdout
+
 def probe(
     benchmark: Benchmark,
     python: str = None,     # the interpreter that has the simulator; ours by default
 ) -> dict:                  # python, missing modules, versions, hashes of the benchmark's files
     "Ask a Python what it has of a benchmark. Raises ValueError when there is no such Python."
-    given, python = python, interpreter(python)
     asked = [["vla_eval", *benchmark.needs], ["vla-eval", *benchmark.versions], [entry["benchmark"].split(":")[0] for entry in benchmark.entries]]
-    try:
-        with _lent(python) as env: answer = subprocess.run([python, "-c", _PROBE, json.dumps(asked)], capture_output=True, text=True, env=env, timeout=_PATIENCE, cwd=os.sep)   # not in a folder whose files could pass for packages
-    except OSError as error: raise ValueError(f"--python {given}: {error.strerror}: the path of an interpreter is wanted, such as simulator/bin/python") from None
-    except subprocess.TimeoutExpired: raise ValueError(f"{f'--python {given}' if given else python} did not answer within {_PATIENCE} seconds: is it a Python, and does {python} -c 'import vla_eval' come to an end?") from None
-    if answer.returncode: raise ValueError(f"--python {given} is no Python that works: {answer.stderr.strip()[-300:]}")
-    return json.loads(answer.stdout)
+    return json.loads(ask(python, "-c", _PROBE, json.dumps(asked)))
 
 # %% ../nbs/11d_evaluate.ipynb #9976abd3
 @contextmanager

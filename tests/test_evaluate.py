@@ -236,7 +236,7 @@ def test_a_task_that_is_misspelled_among_good_ones_is_told(policy, tmp_path):
     assert len(rows(evaluate(policy(), foreign("tabletop"), tmp_path, videos=0, load=load))) == 4, "a suite's name is its tasks'"
 
 
-@pytest.mark.parametrize("name, good, wrong", [("tabletop", "reach", "lfit"), ("metaworld", "reach-v3", "raech-v3"), ("simpler_bridge", "widowx_stack_cube", "widowx_stack_cueb")])
+@pytest.mark.parametrize("name, good, wrong", [("tabletop", "reach", "lfit"), ("metaworld", "reach-v3", "raech-v3"), ("simpler_bridge", "widowx_stack_cube", "widowx_stack_cueb"), ("simpler_bridge_ms3", "widowx_stack_cube", "widowx_stack_cueb")])
 def test_tasks_of_benchmarks_that_are_known_are_checked_before_anything_is_loaded(name, good, wrong):
     with pytest.raises(ValueError, match=f"unknown task '{wrong}'; did you mean"): benchmark_of(name, tasks=[good, wrong])
     assert all(entry["tasks"] == [good] for entry in benchmark_of(name, tasks=[good]).entries)
@@ -309,7 +309,7 @@ def test_a_folder_of_a_package_s_name_is_no_package(tmp_path, monkeypatch):
     assert probe(asked)["missing"] == []
 
 
-@pytest.mark.parametrize("name", ["calvin", "libero_10", "simpler_bridge"])
+@pytest.mark.parametrize("name", ["calvin", "libero_10", "simpler_bridge", "simpler_bridge_ms3"])
 def test_a_simulator_that_is_missing_is_told_before_anything_is_loaded(name, policy, tmp_path):
     missing = probe(BENCHMARKS[name])["missing"]
     if not missing: pytest.skip(f"{name} is installed")
@@ -336,8 +336,11 @@ def test_the_papers_protocol():
     episodes = {name: sum(e["episodes_per_task"] for e in BENCHMARKS[name].entries) for name in BENCHMARKS}
     assert BENCHMARKS["calvin"].entries[0]["params"]["num_sequences"] == 1000 and BENCHMARKS["calvin"].entries[0]["max_steps"] == 5 * 360
     assert (episodes["libero_10"], BENCHMARKS["libero_10"].entries[0]["max_steps"], episodes["simpler_bridge"]) == (50, 520, 4 * 24)
-    assert {e["params"]["task_name"].removeprefix("widowx_"): e["max_steps"] for e in BENCHMARKS["simpler_bridge"].entries} == {"spoon_on_towel": 60, "carrot_on_plate": 60, "stack_cube": 60, "put_eggplant_in_basket": 120}
-    assert [BENCHMARKS[name].execute for name in ("calvin", "libero_10", "simpler_bridge")] == [10, 4, 4]
+    for name in "simpler_bridge", "simpler_bridge_ms3":
+        lengths = {e["params"]["task_name"].removeprefix("widowx_"): e["max_steps"] for e in BENCHMARKS[name].entries}
+        assert episodes[name] == 4 * 24 and lengths == {"spoon_on_towel": 60, "carrot_on_plate": 60, "stack_cube": 60, "put_eggplant_in_basket": 120}
+        assert all(e["params"]["max_episode_steps"] == e["max_steps"] for e in BENCHMARKS[name].entries)
+    assert [BENCHMARKS[name].execute for name in ("calvin", "libero_10", "simpler_bridge", "simpler_bridge_ms3")] == [10, 4, 4, 4]
 
 
 def test_names_nobody_knows_are_told():
