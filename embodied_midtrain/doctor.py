@@ -7,13 +7,13 @@ __all__ = ['APT', 'BROWSERS', 'EXTRAS', 'ASSETS', 'Finding', 'look_at_core', 'lo
            'look_at_benchmarks', 'look_at_data', 'path_there', 'doctor', 'findings_table']
 
 # %% ../nbs/11e_doctor.ipynb #4cf8bc97
-import ctypes.util, importlib.metadata, importlib.util, os, platform, re, shutil, sys
+import ctypes.util, importlib.metadata, importlib.util, json, os, platform, re, shutil, sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from .evaluate import BENCHMARKS, probe
+from .evaluate import BENCHMARKS, ask, probe
 
 # %% ../nbs/11e_doctor.ipynb #fc30032c
 @dataclass(frozen=True)
@@ -70,8 +70,14 @@ def look_at_machine(
             Finding("machine", "disk", "ok" if free > 10 else "missing", f"{free:.0f} GB free", "" if free > 10 else "free some space: checkpoints and features take room"),
             _there("EGL", library("EGL"), f"{APT} libegl1 libgl1-mesa-dri"),
             _there("OSMesa", library("OSMesa"), f"{APT} libosmesa6"),
-            _there("Vulkan", library("vulkan") and drivers and f"{library('vulkan')}, {', '.join(sorted({path.stem.split('.')[0] for path in drivers}))}", f"{APT} libvulkan1 mesa-vulkan-drivers"),
+            _there("Vulkan", library("vulkan") and drivers and f"{library('vulkan')}, {', '.join(sorted({path.stem.split('.')[0] for path in drivers}))}", _mesa()),
             _there("browser", browser and Path(browser).name, f"{APT} chromium")]
+
+def _mesa() -> str:
+    "The command that brings a Vulkan for the CPU; Debian 12 has one that is new enough among its backports only."
+    try: old = platform.freedesktop_os_release().get("VERSION_CODENAME") == "bookworm"
+    except OSError: old = False
+    return f"{APT} {'-t bookworm-backports ' if old else ''}libvulkan1 mesa-vulkan-drivers"
 
 def _there(what: str, found, mend: str, part: str = "machine") -> Finding:
     return Finding(part, what, "ok" if found else "missing", str(found or "not found"), "" if found else mend)
@@ -114,7 +120,16 @@ def _libero_assets(benchmark, python):
     file = Path(os.environ.get("LIBERO_CONFIG_PATH", Path.home() / ".libero")) / "config.yaml"
     if not python and not file.exists(): return "no config.yaml, without which its first import waits for an answer at the keyboard", "set LIBERO_CONFIG_PATH to the folder of one that names the assets (tests/simulators/libero.sh makes it)"
 
-ASSETS = {"calvin": _calvin_assets, "libero_10": _libero_assets}
+def _simpler_assets(benchmark, python):
+    "Its Python tries to draw: no list of versions knows which Vulkan can."
+    mends = {"assets": "tests/simulators/simpler.sh ENVIRONMENT REAL2SIM WIDOWX (or, where there is a hub, python -m mani_skill.utils.download_asset -y bridge_v2_real2sim, and the same for widowx250s)",
+             "vulkan": f"{_mesa()} (24.3 or newer), or SIMPLER_LAVAPIPE_ICD=FILE.json of another lavapipe, or --render gpu"}
+    try: found = json.loads(ask(python, "-m", "embodied_midtrain.benchmarks.simpler").splitlines()[-1])
+    except ValueError as error: found = {"vulkan": str(error)}
+    wrong = {what: words for what, words in found.items() if words}
+    if wrong: return "; ".join(f"{what}: {words}" for what, words in wrong.items()), "; ".join(mends[what] for what in wrong)
+
+ASSETS = {"calvin": _calvin_assets, "libero_10": _libero_assets, "simpler_bridge_ms3": _simpler_assets}
 
 # %% ../nbs/11e_doctor.ipynb #53143d67
 def look_at_data(

@@ -72,8 +72,32 @@ def test_an_extra_that_is_missing_says_the_command(monkeypatch):
 def test_benchmarks_are_told_where_they_live(tmp_path):
     found = named(look_at_benchmarks())
     assert set(found) == set(BENCHMARKS) and found["tabletop"].state == "ok" and "vla-eval" in found["tabletop"].found
-    for name in "calvin", "libero_10", "simpler_bridge": assert found[name].state == "ok" or found[name].mend
+    for name in "calvin", "libero_10", "simpler_bridge", "simpler_bridge_ms3": assert found[name].state == "ok" or found[name].mend
     with pytest.raises(ValueError, match="path of an interpreter"): look_at_benchmarks(str(tmp_path / "python"))
+
+
+def test_what_a_world_of_maniskill3_lacks_is_told_with_its_command(tmp_path, monkeypatch):
+    monkeypatch.setenv("MS_ASSET_DIR", str(tmp_path / "assets"))
+    monkeypatch.setenv("SIMPLER_LAVAPIPE_ICD", str(tmp_path / "none.json"))   # so that no driver of this machine is found
+    found, mend = module.ASSETS["simpler_bridge_ms3"](BENCHMARKS["simpler_bridge_ms3"], None)
+    assert f"assets are not in {tmp_path / 'assets'}" in found and "vulkan: " in found and "lavapipe" in found
+    assert "tests/simulators/simpler.sh" in mend and "mesa-vulkan-drivers" in mend
+    (tmp_path / "python").write_text("#!/bin/sh\necho Segmentation fault >&2; exit 139\n")
+    (tmp_path / "python").chmod(0o755)
+    found, mend = module.ASSETS["simpler_bridge_ms3"](BENCHMARKS["simpler_bridge_ms3"], str(tmp_path / "python"))
+    assert found.startswith("vulkan: ") and "Segmentation fault" in found and "mesa-vulkan-drivers" in mend
+    (tmp_path / "python").write_text("#!/bin/sh\necho words of a simulator; echo '{\"assets\": \"\", \"vulkan\": \"\"}'\n")
+    assert module.ASSETS["simpler_bridge_ms3"](BENCHMARKS["simpler_bridge_ms3"], str(tmp_path / "python")) is None
+
+
+def test_debian_12_is_sent_to_its_backports(monkeypatch):
+    def command(**release):
+        monkeypatch.setattr(module.platform, "freedesktop_os_release", lambda: release)
+        return module._mesa()
+    assert "-t bookworm-backports" in command(VERSION_CODENAME="bookworm") and "backports" not in command(VERSION_CODENAME="trixie") + command()
+    def none(): raise OSError
+    monkeypatch.setattr(module.platform, "freedesktop_os_release", none)
+    assert module._mesa().endswith("libvulkan1 mesa-vulkan-drivers")
 
 
 def test_data_of_a_profile_are_looked_for(tmp_path):
