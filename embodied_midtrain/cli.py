@@ -172,12 +172,12 @@ def check_source(
 def serve_folder(
     policy: Annotated[Path, typer.Argument(help="Folder with policy.json, such as <run>/policy/<task>/<arm>-<seed>/step-<n>.")],
     host: Annotated[str, typer.Option(help="Where it listens; another than this is open to others, and asks nobody for a password.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0: any free one.")] = 8000,
+    port: Annotated[int, typer.Option(help="0: any free one.", min=0, max=65535)] = 8000,
     benchmark: Annotated[Optional[str], typer.Option(help="Speak this benchmark's actions (calvin, libero_10, ...), see its camera and carry out as many actions as its protocol; by default this package's own.")] = None,
-    execute: Annotated[Optional[int], typer.Option(help="Actions carried out of each chunk; 0: all.")] = None,
+    execute: Annotated[Optional[int], typer.Option(help="Actions carried out of each chunk; 0: all.", min=0)] = None,
     camera: Annotated[Optional[str], typer.Option(help="The picture that the policy sees; needed where a simulator sends several.")] = None,
-    batch: Annotated[int, typer.Option(help="Observations in one forward pass, at most.")] = 32,
-    limit: Annotated[float, typer.Option(help="Megabytes of one message, at most.")] = 32,
+    batch: Annotated[int, typer.Option(help="Observations in one forward pass, at most.", min=1)] = 32,
+    limit: Annotated[float, typer.Option(help="Megabytes of one message, at most.", min=0.01)] = 32,
 ):
     "Serve a policy to simulators, many at once, until Ctrl-C."
     from embodied_midtrain.serve import serve_policy
@@ -197,30 +197,32 @@ def evaluate_policies(
     policies: Annotated[list[Path], typer.Argument(help="Folders with policy.json; several are compared on the same episodes.")],
     benchmark: Annotated[str, typer.Option(help="tabletop, metaworld, calvin, libero_10, simpler_bridge, simpler_bridge_ms3, or module:Class of a vla-eval benchmark.")],
     run: Annotated[Path, typer.Option(help="Run folder; the results go to evaluate/ in it.")] = Path("runs/evaluate"),
-    episodes: Annotated[Optional[int], typer.Option(help="Of each task, instead of the protocol's.")] = None,
-    tasks: Annotated[Optional[str], typer.Option(help="Only these, such as reach,push.")] = None,
+    episodes: Annotated[Optional[int], typer.Option(help="Of each task, instead of the protocol's.", min=1)] = None,
+    tasks: Annotated[Optional[str], typer.Option(help="Only these, such as reach,push; of Meta-World also groups, such as easy.")] = None,
     param: Annotated[Optional[list[str]], typer.Option(help="Of the benchmark's class: suite=B. May be repeated.")] = None,
-    workers: Annotated[int, typer.Option(help="Processes that play side by side.")] = 2,
+    workers: Annotated[int, typer.Option(help="Processes that play side by side.", min=1)] = 2,
     python: Annotated[Optional[str], typer.Option(help="The interpreter of the environment that has the simulator and vla-eval.")] = None,
-    docker: Annotated[Optional[str], typer.Option(help="An image of vla-eval's with the simulator, instead of --python.")] = None,
-    execute: Annotated[Optional[int], typer.Option(help="Actions carried out of each chunk, instead of the protocol's; 0: all.")] = None,
-    batch: Annotated[int, typer.Option(help="Observations in one forward pass, at most.")] = 32,
-    videos: Annotated[int, typer.Option(help="Of each task, so many first episodes and so many first failures are filmed; 0: none.")] = 2,
+    docker: Annotated[Optional[str], typer.Option(help="An image of vla-eval's with the simulator, instead of --python; it is pulled where it is not there.")] = None,
+    volume: Annotated[Optional[list[str]], typer.Option(help="A folder that its container sees, such as /data/calvin:/data/calvin. May be repeated.")] = None,
+    execute: Annotated[Optional[int], typer.Option(help="Actions carried out of each chunk, instead of the protocol's; 0: all.", min=0)] = None,
+    batch: Annotated[int, typer.Option(help="Observations in one forward pass, at most.", min=1)] = 32,
+    videos: Annotated[int, typer.Option(help="Of each task, so many first episodes and so many first failures are filmed; 0: none.", min=0)] = 2,
     render: Annotated[str, typer.Option(help="How the simulator draws: cpu or gpu.")] = "cpu",
 ):
     "Play a benchmark with policies, through vla-eval, and print success with Wilson intervals, and how arms differ."
     import pandas as pd
     from embodied_midtrain.core import read_table
     from embodied_midtrain.evaluate import benchmark_of, evaluate, told
-    from embodied_midtrain.outcomes import outcome_text
+    from embodied_midtrain.outcomes import apart, outcome_text
     chosen = benchmark_of(benchmark, episodes, tasks.split(",") if tasks else None, dict(_parameter(text) for text in param or ()))
-    how = dict(python=python, docker=docker, workers=workers, execute=execute, batch=batch, videos=videos, render=render)
+    how = dict(python=python, docker=docker, volumes=tuple(volume or ()), workers=workers, execute=execute, batch=batch, videos=videos, render=render)
     each_once = {policy.resolve(): policy for policy in policies}.values()
     try: stages = [evaluate(policy, chosen, run, **how) for policy in each_once]
     except RuntimeError as error: raise typer.Exit(_complain(f"{error}\nto go on from here: the same command; it plays what is missing", 1)) from error
     typer.echo(told(stages))
-    table = pd.concat([read_table(stage.file("episodes.parquet")) for stage in stages])
-    if table["arm"].nunique() > 1: typer.echo(f"\n{outcome_text(chosen.name, table)}")
+    played = pd.concat([read_table(stage.file("episodes.parquet")).assign(evaluation=str(stage.path)) for stage in stages], ignore_index=True)
+    for title, table in apart(played).items():
+        if table["arm"].nunique() > 1: typer.echo(f"\n{outcome_text(chosen.name, table, title)}")
 
 def _parameter(text: str) -> tuple:
     "Name and value of one --param."
@@ -236,7 +238,7 @@ def see_outcomes(
 ):
     "Say what the arms of a run reached on every benchmark that emt evaluate played, how they differ, and what the paper says."
     from embodied_midtrain.outcomes import evaluations, outcome_text
-    typer.echo("\n\n".join(outcome_text(benchmark, table) for benchmark, table in evaluations(run).items()))
+    typer.echo("\n\n".join(outcome_text(table["benchmark"].iloc[0], table, title) for title, table in evaluations(run).items()))
 
 # %% ../nbs/13a_cli.ipynb #ceba96bc
 @app.command("doctor")

@@ -9,11 +9,12 @@ __all__ = ['APT', 'BROWSERS', 'EXTRAS', 'ASSETS', 'Finding', 'look_at_core', 'lo
 # %% ../nbs/11e_doctor.ipynb #4cf8bc97
 import ctypes.util, importlib.metadata, importlib.util, json, os, platform, re, shutil, sys
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
 
-from .evaluate import BENCHMARKS, ask, probe
+from .evaluate import BENCHMARKS, ask, interpreter, probe
 
 # %% ../nbs/11e_doctor.ipynb #fc30032c
 @dataclass(frozen=True)
@@ -65,13 +66,15 @@ def look_at_machine(
     "GPU, disk, libraries that draw, browser."
     free, browser = shutil.disk_usage(folder).free / 1e9, next(filter(None, map(shutil.which, BROWSERS)), None)
     drivers = [path for place in ("/usr/share", "/etc", "/usr/local/share") for path in Path(place, "vulkan/icd.d").glob("*.json")]
-    library = ctypes.util.find_library
+    library, many = ctypes.util.find_library, _metaworld().egl_devices()
     return [_gpu(),
             Finding("machine", "disk", "ok" if free > 10 else "missing", f"{free:.0f} GB free", "" if free > 10 else "free some space: checkpoints and features take room"),
-            _there("EGL", library("EGL"), f"{APT} libegl1 libgl1-mesa-dri"),
+            _there("EGL", library("EGL") and many and f"{library('EGL')}, {many} device{'s' if many > 1 else ''}", f"{APT} libegl1 libgl1-mesa-dri"),
             _there("OSMesa", library("OSMesa"), f"{APT} libosmesa6"),
             _there("Vulkan", library("vulkan") and drivers and f"{library('vulkan')}, {', '.join(sorted({path.stem.split('.')[0] for path in drivers}))}", _mesa()),
             _there("browser", browser and Path(browser).name, f"{APT} chromium")]
+
+def _metaworld(): return import_module("embodied_midtrain.benchmarks.metaworld")   # which knows how to draw; its page comes after this one
 
 def _mesa() -> str:
     "The command that brings a Vulkan for the CPU; Debian 12 has one that is new enough among its backports only."
@@ -113,12 +116,24 @@ def look_at_benchmarks(
     return found
 
 def _calvin_assets(benchmark, python):
-    folder = Path(benchmark.entries[0]["params"].get("dataset_path", "/data/calvin/dataset/validation"))
-    if not (folder / ".hydra/merged_config.yaml").exists(): return f"no .hydra/merged_config.yaml in {folder}", "emt evaluate ... --param dataset_path=FOLDER, of the data set or of tests/simulators/calvin.sh"
+    made = _prefix(python) / "scene_D"   # by tests/simulators/calvin.sh
+    folders = [Path(benchmark.entries[0]["params"].get("dataset_path", "/data/calvin/dataset/validation")), made]
+    if not any((folder / ".hydra/merged_config.yaml").exists() for folder in folders): return f"no .hydra/merged_config.yaml in {' or '.join(map(str, folders))}", f"tests/simulators/calvin.sh {_prefix(python)} CALVIN CALVIN_ENV, or emt evaluate ... --param dataset_path=FOLDER of the data set"
 
 def _libero_assets(benchmark, python):
-    file = Path(os.environ.get("LIBERO_CONFIG_PATH", Path.home() / ".libero")) / "config.yaml"
-    if not python and not file.exists(): return "no config.yaml, without which its first import waits for an answer at the keyboard", "set LIBERO_CONFIG_PATH to the folder of one that names the assets (tests/simulators/libero.sh makes it)"
+    import yaml
+    folders = [Path(p) for p in (os.environ.get("LIBERO_CONFIG_PATH"), _prefix(python) / "libero_config", Path.home() / ".libero") if p]
+    file = next((folder / "config.yaml" for folder in folders if (folder / "config.yaml").exists()), None)
+    mend = f"tests/simulators/libero.sh {_prefix(python)} LIBERO/libero/libero/assets"
+    if not file: return "no config.yaml, without which its first import waits for an answer at the keyboard", f"{mend}, or LIBERO_CONFIG_PATH=FOLDER of one"
+    assets = Path(yaml.safe_load(file.read_text())["assets"])
+    if not (assets / "stable_scanned_objects").is_dir(): return f"{file} names {assets}, which holds no assets", mend
+
+def _metaworld_assets(benchmark, python):
+    try: _metaworld().choose_gl(dict(os.environ))
+    except OSError: return "nothing here can draw", f"{APT} libegl1 libgl1-mesa-dri"
+
+def _prefix(python): return Path(interpreter(python)).parent.parent   # of an environment
 
 def _simpler_assets(benchmark, python):
     "Its Python tries to draw: no list of versions knows which Vulkan can."
@@ -129,7 +144,7 @@ def _simpler_assets(benchmark, python):
     wrong = {what: words for what, words in found.items() if words}
     if wrong: return "; ".join(f"{what}: {words}" for what, words in wrong.items()), "; ".join(mends[what] for what in wrong)
 
-ASSETS = {"calvin": _calvin_assets, "libero_10": _libero_assets, "simpler_bridge_ms3": _simpler_assets}
+ASSETS = {"metaworld": _metaworld_assets, "calvin": _calvin_assets, "libero_10": _libero_assets, "simpler_bridge_ms3": _simpler_assets}
 
 # %% ../nbs/11e_doctor.ipynb #53143d67
 def look_at_data(

@@ -11,6 +11,8 @@ __all__ = ['BRIDGE', 'BENCHMARKS', 'VIDEOS', 'WHO', 'Benchmark', 'gripper_closes
 import json, os, re, shutil, sqlite3, subprocess, sys, tempfile, time
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Callable
 
@@ -18,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from .benchmarks.base import versions
-from .core import Stage, folder_hash, progress, read_json, read_table, stable_hash, unknown, write_json, write_table
+from .core import Stage, folder_hash, progress, read_json, read_table, readable, stable_hash, unknown, write_json, write_table
 from .serve import need_vla_eval, policy_server, serving
 from .stats import wilson
 
@@ -36,6 +38,8 @@ class Benchmark:
     versions: tuple = ()        # distributions whose versions stand in every row
     install: str = ""           # how to get it
     known: Callable = None      # an entry -> the names by which tasks may be asked for; where it is left out, the simulator tells
+    groups: Callable = None     # () -> names that stand for several tasks
+    hashed: tuple = ()          # packages whose files make up the simulator's hash, beside the benchmark's own
     renders: bool = True        # whether it draws in one way on a CPU and in another on a GPU
 
 # %% ../nbs/11d_evaluate.ipynb #b86dbb22
@@ -56,8 +60,9 @@ def axis_angle(actions: np.ndarray) -> np.ndarray:       # (n, 7) -> (n, 7)
 BRIDGE = {"widowx_spoon_on_towel": 60, "widowx_carrot_on_plate": 60, "widowx_stack_cube": 60, "widowx_put_eggplant_in_basket": 120}   # task -> steps
 
 def _metaworld_tasks(entry: dict) -> list:
-    from importlib import import_module   # its module comes after this one
     return ["metaworld", *import_module("embodied_midtrain.benchmarks.metaworld").tasks_of(*entry["params"].get("tasks", ["mt50"]))]
+
+def _metaworld_groups() -> dict: return import_module("embodied_midtrain.benchmarks.metaworld").GROUPS
 
 def _bridge(benchmark: str, **more) -> tuple:
     "An entry a task, since their lengths differ."
@@ -66,20 +71,20 @@ def _bridge(benchmark: str, **more) -> tuple:
 _ALL = [
     Benchmark("tabletop", (dict(benchmark="embodied_midtrain.benchmarks.tabletop:TabletopBenchmark", episodes_per_task=300, params=dict(tasks=["reach", "push", "lift", "put"], episodes=300)),),
               "this package's own synthetic world, 4 x 300 fixed test episodes", needs=("embodied_midtrain", "numpy", "pandas", "pyarrow", "tqdm"), versions=("embodied-midtrain", "numpy"),
-              install='pip install "embodied-midtrain[benchmarks]"', known=lambda entry: ["tabletop", *entry["params"]["tasks"]], renders=False),
+              install='pip install "embodied-midtrain[benchmarks]"', known=lambda entry: ["tabletop", *entry["params"]["tasks"]], renders=False, hashed=("embodied_midtrain.tabletop", "embodied_midtrain.benchmarks")),
     Benchmark("metaworld", (dict(benchmark="embodied_midtrain.benchmarks.metaworld:MetaworldBenchmark", episodes_per_task=10, max_steps=500, params=dict(seed=0)),),
               "MT50, 10 episodes a task, at most 500 steps", needs=("embodied_midtrain", "metaworld", "mujoco"), versions=("metaworld", "mujoco", "gymnasium", "numpy"),
-              install='pip install "embodied-midtrain[benchmarks,metaworld]"', known=_metaworld_tasks, renders=False),
+              install='pip install "embodied-midtrain[benchmarks,metaworld]"', known=_metaworld_tasks, groups=_metaworld_groups, renders=False, hashed=("embodied_midtrain.benchmarks",)),
     Benchmark("calvin", (dict(benchmark="vla_eval.benchmarks.calvin.benchmark:CALVINBenchmark", episodes_per_task=1, max_steps=1800, params=dict(num_sequences=1000, seed=0)),),
               "ABC-D, 1,000 chains of 5 tasks, 360 steps each", 10, calvin_units, "rgb_static", ("calvin_env", "calvin_agent", "pybullet", "hydra", "torch"), ("pybullet", "numpy", "torch"),
-              "tests/simulators/calvin.sh makes an environment of its own, then --python"),
+              "tests/simulators/calvin.sh simulators/calvin CALVIN CALVIN_ENV (checkouts of github.com/mees/calvin and calvin_env), then --python simulators/calvin/bin/python", hashed=("calvin_env", "calvin_agent")),
     Benchmark("libero_10", (dict(benchmark="vla_eval.benchmarks.libero.benchmark:LIBEROBenchmark", subname="libero_10", episodes_per_task=50, max_steps=520, params=dict(suite="libero_10", seed=7, env_seed=0)),),
               "10 tasks x 50 fixed initial states, 520 steps after 10 of settling", 4, gripper_closes, "agentview", ("libero", "robosuite", "mujoco", "torch"), ("hf-libero", "robosuite", "mujoco", "numpy"),
-              "tests/simulators/libero.sh makes an environment of its own, then --python"),
+              "tests/simulators/libero.sh simulators/libero LIBERO/libero/libero/assets (of a checkout of github.com/Lifelong-Robot-Learning/LIBERO), then --python simulators/libero/bin/python", hashed=("libero",)),
     Benchmark("simpler_bridge", _bridge("vla_eval.benchmarks.simpler.benchmark:SimplerEnvBenchmark", success_mode="truncation"), "4 tasks x 24 fixed configurations, 60 steps (eggplant 120), success at the last step", 4, axis_angle, "primary",
               ("simpler_env",), ("simpler-env", "mani-skill2-real2sim", "sapien", "numpy"), "an environment of its own with SimplerEnv, then --python", known=lambda entry: [entry["subname"]]),
     Benchmark("simpler_bridge_ms3", _bridge("embodied_midtrain.benchmarks.simpler:SimplerBridge"), "the same tasks, configurations and steps on ManiSkill3, which is another simulator", 4, camera="primary",
-              needs=("embodied_midtrain", "mani_skill", "sapien", "torch", "scipy"), versions=("mani-skill", "sapien", "torch", "numpy"), install="tests/simulators/simpler.sh makes an environment of its own, then --python", known=lambda entry: [entry["subname"]]),
+              needs=("embodied_midtrain", "mani_skill", "sapien", "torch", "scipy"), versions=("mani-skill", "sapien", "torch", "numpy"), install="tests/simulators/simpler.sh simulators/simpler REAL2SIM WIDOWX (checkouts of github.com/simpler-env/ManiSkill2_real2sim and github.com/haosulab/ManiSkill-WidowX250S), then --python simulators/simpler/bin/python", known=lambda entry: [entry["subname"]]),
 ]
 BENCHMARKS = {benchmark.name: benchmark for benchmark in _ALL}
 
@@ -94,7 +99,10 @@ def benchmark_of(
     if name in BENCHMARKS: base = BENCHMARKS[name]
     elif re.fullmatch(r"[\w.]+:\w+", name): base = Benchmark(name.rsplit(":", 1)[1], (dict(benchmark=name, episodes_per_task=10),), needs=(name.split(":")[0],))
     else: raise unknown("benchmark", name, [*BENCHMARKS, "module:Class"])
+    if episodes is not None and episodes < 1: raise ValueError(f"{episodes} episodes: one or more are wanted")
     changed, entries = [], [dict(entry, params=dict(entry.get("params", {}), **params or {})) for entry in base.entries]
+    if params and base.known: _know_parameters(params, base.entries[0]["benchmark"])
+    if tasks and base.groups: tasks = list(dict.fromkeys(task for name in tasks for task in base.groups().get(name, [name])))
     if tasks and base.known: _know(tasks, [name for entry in entries for name in base.known(entry)])
     for entry in entries:
         if episodes: _set_episodes(base.name, entry, episodes)
@@ -107,6 +115,13 @@ def _know(asked, there):
     for name in asked:
         if name not in there: raise unknown("task", name, set(there))
 
+def _know_parameters(asked, where: str):
+    "ValueError for a parameter that a class of this package does not have."
+    if not where.startswith("embodied_midtrain."): return   # of another package, which this Python need not have
+    module, name = where.split(":")
+    for parameter in asked:
+        if parameter not in (there := signature(getattr(import_module(module), name)).parameters): raise unknown(f"parameter of {name}", parameter, there)
+
 def _set_episodes(name: str, entry: dict, episodes: int):
     "Fewer episodes: of CALVIN, whose tasks are the chains, fewer chains."
     if name == "calvin": entry["params"]["num_sequences"] = episodes
@@ -115,7 +130,7 @@ def _set_episodes(name: str, entry: dict, episodes: int):
 
 # %% ../nbs/11d_evaluate.ipynb #838c7962
 _PROBE = """
-import hashlib, importlib.metadata, importlib.util, json, platform, sys
+import hashlib, importlib.metadata, importlib.util, json, os, platform, sys
 def found(name):
     try: spec = importlib.util.find_spec(name)
     except (ImportError, ValueError): return None
@@ -123,12 +138,22 @@ def found(name):
 def version(name):
     try: return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError: return None
-needs, versions, files = json.loads(sys.argv[1])
+def tree(spec):
+    "All files below a package: texts by what they hold, others by their size."
+    root, digest = os.path.dirname(os.path.realpath(spec.origin)), hashlib.sha256()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders[:] = sorted(name for name in folders if name != "__pycache__" and name[0] != ".")
+        for path in (os.path.join(folder, name) for name in sorted(names) if not name.endswith(".pyc")):
+            text = path.endswith((".py", ".xml", ".urdf", ".yaml", ".json", ".bddl"))
+            digest.update(repr((os.path.relpath(path, root), open(path, "rb").read() if text else os.path.getsize(path))).encode())
+    return digest.hexdigest()[:16]
+needs, versions, files, packages = json.loads(sys.argv[1])
 specs = {name: found(name) for name in files}
 print(json.dumps(dict(python=platform.python_version(), missing=[n for n in needs if found(n) is None], versions={n: version(n) for n in versions if version(n)},
-                      files={n: hashlib.sha256(open(s.origin, "rb").read()).hexdigest()[:16] for n, s in specs.items() if s})))
+                      files={n: hashlib.sha256(open(s.origin, "rb").read()).hexdigest()[:16] for n, s in specs.items() if s} | {n: tree(s) for n, s in ((n, found(n)) for n in packages) if s})))
 """
 
+# %% ../nbs/11d_evaluate.ipynb #42ebdebc
 _PATIENCE = 120   # seconds
 
 def interpreter(python: str = None) -> str:   # the path of an interpreter, ours by default
@@ -153,7 +178,7 @@ def probe(
     python: str = None,     # the interpreter that has the simulator; ours by default
 ) -> dict:                  # python, missing modules, versions, hashes of the benchmark's files
     "Ask a Python what it has of a benchmark. Raises ValueError when there is no such Python."
-    asked = [["vla_eval", *benchmark.needs], ["vla-eval", *benchmark.versions], [entry["benchmark"].split(":")[0] for entry in benchmark.entries]]
+    asked = [["vla_eval", *benchmark.needs], ["vla-eval", *benchmark.versions], [entry["benchmark"].split(":")[0] for entry in benchmark.entries], benchmark.hashed]
     return json.loads(ask(python, "-c", _PROBE, json.dumps(asked)))
 
 # %% ../nbs/11d_evaluate.ipynb #9976abd3
@@ -191,11 +216,12 @@ def configuration(
     videos: int = 0,            # 0: no episode is filmed
     render: str = "cpu",        # or gpu: how the simulator draws
     docker: str = None,         # image of a container in which vla-eval runs the benchmark
+    volumes: tuple = (),        # folders that the container sees, "here:there"
 ) -> dict:                      # vla-eval's configuration
     "What vla-eval is told."
     recording = dict(record_step=False, record_video=videos > 0, output_dir=str(folder), filename_stem=VIDEOS)
     entries = [dict({"name": benchmark.name}, **entry, recording=recording) for entry in benchmark.entries]
-    return dict(server=dict(url=address, timeout=300), output_dir=str(folder), render=render, benchmarks=entries, **({"docker": {"image": docker}} if docker else {}))
+    return dict(server=dict(url=address, timeout=300), output_dir=str(folder), render=render, benchmarks=entries, **({"docker": {"image": docker, "volumes": list(volumes)}} if docker else {}))
 
 # %% ../nbs/11d_evaluate.ipynb #4803ffa4
 _OPEN = """SELECT q.eval_id, q.item FROM work_queue q WHERE q.done = 0 UNION
@@ -230,7 +256,7 @@ def play(
 ):
     "Play all episodes of a configuration that are not yet recorded. Raises RuntimeError with the last words of the processes when they get nothing done."
     python, identity = interpreter(python), recording.stem.removeprefix("recording-")
-    command = [python, "-m", "vla_eval.cli.main", "run", "--config", str(config), "--eval-id", identity, "--num-shards", str(workers), *([] if docker else ["--no-docker"])]
+    command = [python, "-m", "vla_eval.cli.main", "run", "--config", str(config), "--eval-id", identity, "--num-shards", str(workers), "--yes" if docker else "--no-docker"]
     entries = len(json.loads(config.read_text())["benchmarks"])
     left, before = _released(recording, entries), float("inf")   # whatever broke is tried twice
     while left != 0:
@@ -310,8 +336,8 @@ def keep_videos(
     count: int,             # of each task: so many first episodes, and so many first failures
 ) -> pd.DataFrame:          # the table; `video` is None where none was kept
     "Remove all other videos."
-    tasks = table.groupby(["entry", "task"], sort=False)
-    first, failure = tasks.cumcount() < count, table[~table["success"]].groupby(["entry", "task"], sort=False).cumcount().reindex(table.index) < count
+    task = ["entry"] if "completed_subtasks" in table else ["entry", "task"]   # a chain of CALVIN is an episode, whatever it is called
+    first, failure = table.groupby(task, sort=False).cumcount() < count, table[~table["success"]].groupby(task, sort=False).cumcount().reindex(table.index) < count
     keep = (first | failure) & table["video"].map(lambda path: (folder / path).exists())
     wanted = {folder / path for path in table["video"][keep]}
     for path in folder.rglob("*.mp4"):
@@ -321,11 +347,11 @@ def keep_videos(
 # %% ../nbs/11d_evaluate.ipynb #6ee92aa3
 def policy_facts(
     folder: str | Path,     # of a policy
-) -> dict:                  # arm, seed, step
-    "Arm, seed and step of `.../<arm>-<seed>/step-<n>`; for another folder its name, 0 and 0."
+) -> dict:                  # arm, seed, step, trained
+    "Arm, seed, step and task of `<task>/<arm>-<seed>/step-<n>`; for another folder its name, 0, 0 and nothing."
     folder = Path(folder).absolute()
     found = re.fullmatch(r"(.+)-(\d+)/step-(\d+)", f"{folder.parent.name}/{folder.name}")
-    return dict(arm=found[1], seed=int(found[2]), step=int(found[3])) if found else dict(arm=folder.name, seed=0, step=0)
+    return dict(arm=found[1], seed=int(found[2]), step=int(found[3]), trained=folder.parent.parent.name) if found else dict(arm=folder.name, seed=0, step=0, trained="")
 
 # %% ../nbs/11d_evaluate.ipynb #8b7f37f1
 class Measured:
@@ -345,15 +371,20 @@ class Measured:
 
 # %% ../nbs/11d_evaluate.ipynb #d8c16741
 def _stage(run, policy, facts: dict, asked: dict, there: dict) -> Stage:
-    "Named so that no other policy, and nothing else that was asked of this one, has the folder."
+    "Named so that no other policy, and nothing else that was asked of this one or played by another version of the simulator, has the folder."
     name, digest = Path(*Path(policy).absolute().parts[-3:] if facts["step"] else [facts["arm"]]), folder_hash(policy)
-    return Stage(run, f"evaluate/{asked['benchmark']}/{name}-{stable_hash([asked, digest])[:8]}", asked, {"policy": digest, "benchmark": stable_hash(there)})
+    return Stage(run, f"evaluate/{asked['benchmark']}/{name}-{stable_hash([asked, digest, there])[:8]}", asked, {"policy": digest, "benchmark": stable_hash(there)})
 
 def _named(recording: Path) -> set:
     "The names by which the tasks that were played could be asked for: their own and their suites'."
     with closing(sqlite3.connect(f"file:{recording}?mode=ro", uri=True)) as db:
         found = db.execute("SELECT task_name, json_extract(context, '$.suite') FROM episode_results").fetchall()
     return {name for row in found for name in row if name}
+
+def _setting(benchmark: Benchmark, executed: int, label: str, docker: str) -> str:
+    "What was asked for, in words: results of other settings are other results."
+    params = {k: v for entry in benchmark.entries for k, v in entry.get("params", {}).items() if k not in ("task_name", "max_episode_steps")}
+    return readable({"execute": executed, **params, **({"label": label} if label else {}), **({"image": docker} if docker else {})})
 
 def _load_policy(folder):
     from embodied_midtrain.policy import load_policy   # seconds, for those who need it
@@ -363,7 +394,7 @@ def _complete(table, benchmark: str, facts: dict, inputs: dict, there: dict) -> 
     "The columns that say who played what, and with which versions."
     ours = versions("embodied-midtrain", "vla-eval", "torch", "transformers", "numpy")
     front = dict(benchmark=benchmark, **facts, policy_versions=ours, policy_hash=inputs["policy"], benchmark_hash=stable_hash(there.get("files", {})), versions=", ".join(f"{k} {v}" for k, v in there.get("versions", {}).items()))
-    last = ["execute", "policy", "label", "policy_hash", "policy_versions", "benchmark_hash", "versions"]
+    last = ["trained", "execute", "setting", "policy", "label", "policy_hash", "policy_versions", "benchmark_hash", "versions"]
     return table.assign(**front)[["benchmark", "task", "arm", "seed", "step", "episode", *[c for c in table if c not in ("task", "episode")], *last]]
 
 # %% ../nbs/11d_evaluate.ipynb #caba2ac3
@@ -379,6 +410,7 @@ def evaluate(
     videos: int = 2,                # of each task: so many first episodes, and so many first failures
     render: str = "cpu",            # or gpu
     docker: str = None,             # image, instead of `python`
+    volumes: tuple = (),            # folders that its container sees, "here:there"
     load: Callable = None,          # folder -> predictor; policy.load_policy when left out
     label: str = "",                # what `load` makes, such as "bfloat16": results of one label are taken for the same
 ) -> Stage:                         # `evaluate/<benchmark>/<policy>-<hash>`, done
@@ -386,6 +418,9 @@ def evaluate(
     need_vla_eval()
     if load and not label: raise ValueError("evaluate(load=...) wants a label, such as label='bfloat16': it tells results of one way to load a policy from those of another")
     if not any(Path(policy).glob("*.json")): raise FileNotFoundError(f"no policy in {policy}: a folder with policy.json is wanted, such as <run>/policy/<task>/<arm>-<seed>/step-<n>")
+    for name, value, least in ("workers", workers, 1), ("batch", batch, 1), ("videos", videos, 0), ("execute", execute or 0, 0):
+        if value < least: raise ValueError(f"{name} is {value}: {least} or more is wanted")
+    if docker and Path("/.dockerenv").exists(): raise ValueError("this is a container itself, from which vla-eval starts no other: leave --docker out and give --python of the environment that has the simulator")
     there = {} if docker else need_benchmark(benchmark, python)
     facts = policy_facts(policy)
     execute, render = benchmark.execute if execute is None else execute, render if benchmark.renders else "cpu"
@@ -396,11 +431,12 @@ def evaluate(
         starts, recording = Starts(stage.file("starts.jsonl")), stage.file(f"recording-{stage.key}.sqlite").absolute()
         predictor = Measured((load or _load_policy)(policy), stage.file("chunk.json"))
         with serving(policy_server(predictor, execute=execute, camera=benchmark.camera, translate=benchmark.translate, batch=batch, on_start=starts)) as address:
-            write_json(configuration(benchmark, address, stage.path.absolute(), videos, render, docker), stage.file("config.json").absolute())
+            write_json(configuration(benchmark, address, stage.path.absolute(), videos, render, docker, volumes), stage.file("config.json").absolute())
             play(stage.file("config.json").absolute(), recording, python, workers, bool(docker))
         for entry in benchmark.entries: _know(entry.get("tasks", ()), _named(recording))   # the simulator leaves out what it does not know
         table = keep_videos(episodes_of(recording, starts.read()), stage.path, videos)
-        how = dict(policy=Path(policy).as_posix(), label=label, execute=predictor.executed(execute))
+        executed = predictor.executed(execute)
+        how = dict(policy=Path(policy).as_posix(), label=label, execute=executed, setting=_setting(benchmark, executed, label, docker))
         write_table(_complete(table, benchmark.name, facts | how, stage.inputs, there), stage.file("episodes.parquet"))
         stage.count(episodes=len(table), successes=int(table["success"].sum()), versions=there.get("versions", {}))
     return stage

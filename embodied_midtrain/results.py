@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'ARM_STYLE', 'BENCHMARKS', 'COMPARISONS', 'CELL', 'PACKAGE', 'PAPER_COLUMNS', 'CAVEAT', 'KEPT', 'KEPT_COLUMNS',
-           'KEPT_PARAMETERS', 'success_table', 'in_order', 'checkpoint', 'pairs', 'paired_difference',
+           'KEPT_PARAMETERS', 'PLAYED', 'success_table', 'in_order', 'checkpoint', 'pairs', 'paired_difference',
            'difference_table', 'span', 'described', 'readable_success', 'readable_differences', 'plot_arm',
-           'plot_dynamics', 'plot_bounds', 'paper_table', 'paper_rows', 'beside_paper', 'markdown', 'save_table',
-           'reference_text', 'summary', 'write_results', 'stage_seconds', 'commit_results', 'kept_results',
-           'story_tables', 'plot_story', 'commit_story', 'kept_story']
+           'plot_dynamics', 'plot_bounds', 'plot_loss', 'training_losses', 'paper_table', 'paper_rows', 'beside_paper',
+           'markdown', 'save_table', 'reference_text', 'summary', 'write_results', 'readable_retention',
+           'retention_summary', 'played', 'stage_seconds', 'commit_results', 'kept_results', 'story_tables',
+           'plot_story', 'commit_story', 'kept_story', 'gap_text']
 
 # %% ../nbs/12_results.ipynb #d953648b
 from importlib.resources import files
@@ -21,12 +22,12 @@ from .core import atomic_path, read_json, read_manifest, read_table, unknown, wr
 from .gap import save_figure
 from .proximity import GROUP_COLOUR, some_scores
 from .selection import ARM_COLOUR
-from .stats import mcnemar, paired_interval, wilson
+from .stats import mcnemar, paired_interval, pairs_needed, wilson
 
 # %% ../nbs/12_results.ipynb #1ebecdc9
 ARMS = {"base": "no mid-training", "random": "+ random selection", "proximity": "+ proximity selection"}
 ARM_STYLE = {arm: (ARM_COLOUR[arm], *look) for arm, look in {"base": ("s", ":"), "random": ("^", "--"), "proximity": ("o", "-")}.items()}
-BENCHMARKS = {"tabletop": "synthetic tabletop"}  # what a reader must know of a benchmark, said wherever it is named
+BENCHMARKS = {"tabletop": "synthetic tabletop", "metaworld": "Meta-World simulator"}  # what a reader must know of a benchmark, said wherever it is named
 COMPARISONS = [("proximity", other) for other in ARM_COLOUR if other != "proximity"] + [("random", "base")]  # of those that a run has
 
 # %% ../nbs/12_results.ipynb #0e374efc
@@ -87,7 +88,7 @@ def paired_difference(episodes: pd.DataFrame,  # one benchmark, task and step
     d = pairs(episodes, a, b)
     low, high = paired_interval(d, level)
     return {"difference": float(d.mean()), "low": low, "high": high, "seeds": len(d), "pairs": d.size,
-            "wins": int((d > 0).sum()), "losses": int((d < 0).sum()), "mcnemar_p": mcnemar(d),
+            "wins": int((d > 0).sum()), "losses": int((d < 0).sum()), "mcnemar_p": mcnemar(d), "needed": pairs_needed(d),
             "covers": "seeds and episodes" if len(d) > 1 else "episodes only"}
 
 # %% ../nbs/12_results.ipynb #8629f906
@@ -137,7 +138,8 @@ def readable_differences(table: pd.DataFrame,    # of `difference_table`
                          "difference of": table["arm"] + " - " + table["minus"], "points": [f"{100 * d:+.1f}" for d in table["difference"]],
                          f"{level:.0%} interval": span(table["low"], table["high"], "+.1f"), "interval covers": table["covers"],
                          "pairs won : lost": [f"{w} : {l}" for w, l in table[["wins", "losses"]].itertuples(index=False)],
-                         "McNemar p": [f"{p:.1e}" if p < .001 else f"{p:.3f}" for p in table["mcnemar_p"]]})
+                         "McNemar p": [f"{p:.1e}" if p < .001 else f"{p:.3f}" for p in table["mcnemar_p"]],
+                         "pairs that it needs": ["-" if np.isinf(n) else f"{n:,.0f}" for n in table["needed"]]})
 
 # %% ../nbs/12_results.ipynb #0fc0bca1
 def plot_arm(ax,                       # matplotlib axes
@@ -156,20 +158,24 @@ def plot_arm(ax,                       # matplotlib axes
 def plot_dynamics(episodes: pd.DataFrame,         # one row an episode
                   level: float = 0.95,            # confidence level of the bands
                   bounds: pd.DataFrame = None,    # episodes of reference predictors: column `predictor` instead of `arm`
+                  losses: pd.DataFrame = None,    # of `training_losses`: a second row of panels
                   ):                              # matplotlib figure
-    "Success at every fine-tuning checkpoint, arms side by side, one panel a task."
+    "Success at every fine-tuning checkpoint, arms side by side, one panel a task; the training loss below it."
     import matplotlib.pyplot as plt
-    table = success_table(episodes, level)
+    table, rows = success_table(episodes, level), 1 if losses is None else 2
     runs = episodes.groupby([*CELL, "seed"], as_index=False)["success"].mean()
     tasks = list(dict.fromkeys(zip(table["benchmark"], table["task"])))
-    figure, axes = plt.subplots(1, len(tasks), figsize=(2.4 + 3 * len(tasks), 3.6), sharey=True, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(rows, len(tasks), figsize=(2.4 + 3 * len(tasks), 1.5 + 2.1 * rows), sharey="row", sharex="col", squeeze=False, layout="constrained")
     for ax, (benchmark, task) in zip(axes[0], tasks):
         here = [t[(t["benchmark"] == benchmark) & (t["task"] == task)] for t in (table, runs)]
         for arm in here[0]["arm"].unique(): plot_arm(ax, arm, *(t[t["arm"] == arm] for t in here))
         if bounds is not None: plot_bounds(ax, bounds[(bounds["benchmark"] == benchmark) & (bounds["task"] == task)])
-        ax.set(title=f"{described([benchmark])[0]}: {task}", xlabel="fine-tuning step", ylim=(-.03, 1.03), xticks=sorted(here[0]["step"].unique()))
-        ax.spines[["top", "right"]].set_visible(False)
+        ax.set(title=f"{described([benchmark])[0]}: {task}", ylim=(-.03, 1.03), xticks=sorted(here[0]["step"].unique()))
     axes[0, 0].set_ylabel("closed-loop success")
+    for ax, (_, task) in zip(axes[1] if rows > 1 else (), tasks): plot_loss(ax, losses[losses["task"] == task])
+    if rows > 1: axes[1, 0].set_ylabel("training loss")
+    for ax in axes[-1]: ax.set_xlabel("fine-tuning step")
+    for ax in axes.flat: ax.spines[["top", "right"]].set_visible(False)
     named = {label: line for ax in axes[0] for line, label in zip(*ax.get_legend_handles_labels())}
     figure.legend(named.values(), named, frameon=False, fontsize=8, columnspacing=1.2, loc="outside lower center", ncols=3 if len(tasks) == 1 else 6)
     return figure
@@ -181,6 +187,29 @@ def plot_bounds(ax,                       # matplotlib axes
     "Reference lines: what the scripted expert and random actions reach on the same episodes. Their names go to the legend: beside the line they would lie on an arm's."
     for i, (predictor, success) in enumerate(bounds.groupby("predictor")["success"].mean().items()):
         ax.axhline(success, color="#777777", linewidth=1, linestyle=[(0, (1, 1)), (0, (6, 3)), (0, (6, 2, 1, 2))][i % 3], zorder=1, label=predictor)
+
+# %% ../nbs/12_results.ipynb #525d90b5
+def plot_loss(ax,                     # matplotlib axes
+              losses: pd.DataFrame,   # of `training_losses`, one task
+              smooth: int = 20,       # steps
+              ):
+    "The smoothed training loss of every arm along fine-tuning, on a logarithmic scale."
+    for arm, rows in losses.groupby("arm", sort=False):
+        mean = rows.groupby("step")["loss"].mean().rolling(smooth, min_periods=1).mean()
+        colour, _, line = ARM_STYLE.get(arm, (ARM_COLOUR.get(arm, "black"), "", "-."))
+        ax.plot(mean.index, mean, color=colour, linestyle=line, linewidth=1.2)
+    ax.set_yscale("log")
+
+# %% ../nbs/12_results.ipynb #07f4b2f0
+def training_losses(run: str | Path,  # run folder
+                    ) -> pd.DataFrame:  # task, arm, seed, step, loss
+    "The loss at every step of all fine-tunings of a run, as the policy stage wrote them."
+    tables = []
+    for name in read_manifest(Path(run) / "policy")["inputs"]:   # policy/<task>/<arm>-<seed>
+        _, task, player = name.split("/")
+        arm, seed = player.rsplit("-", 1)
+        tables.append(read_table(Path(run) / name / "log.parquet", ["step", "loss"]).assign(task=task, arm=arm, seed=int(seed)))
+    return pd.concat(tables, ignore_index=True)
 
 # %% ../nbs/12_results.ipynb #c6156cd4
 PACKAGE = Path(str(files("embodied_midtrain")))
@@ -262,6 +291,7 @@ def write_results(folder: Path,                   # the stage's folder
                   episodes: pd.DataFrame,         # one row an episode
                   level: float = 0.95,            # confidence level
                   bounds: pd.DataFrame = None,    # episodes of reference predictors
+                  losses: pd.DataFrame = None,    # of `training_losses`
                   ):
     "Write all tables, the summary and the figure of the training dynamics."
     success, differences = success_table(episodes, level), difference_table(episodes, level)
@@ -269,12 +299,48 @@ def write_results(folder: Path,                   # the stage's folder
     save_table(differences, folder / "tables", "differences", readable_differences(differences, level))
     save_table(beside_paper(checkpoint(success)), folder / "tables", "beside_paper")
     with atomic_path(folder / "tables" / "summary.md") as path: path.write_text(summary(episodes, level, bounds), encoding="utf-8")
-    save_figure(plot_dynamics(episodes, level, bounds), folder / "dynamics.png", dpi=120)
+    save_figure(plot_dynamics(episodes, level, bounds, losses), folder / "dynamics.png", dpi=120)
+
+# %% ../nbs/12_results.ipynb #5d18f3b6
+def readable_retention(metrics: pd.DataFrame,      # retention/metrics.parquet
+                       differences: pd.DataFrame,  # retention/differences.parquet
+                       level: float = 0.95,        # their confidence level
+                       ) -> pd.DataFrame:          # one row a task and checkpoint, as text
+    "What the VLM keeps, for people: percent, the paired change in points, questions won and lost."
+    table = metrics[metrics["metric"] == "accuracy"].merge(differences, how="left", on=["benchmark", "task", "checkpoint"], suffixes=("", "_change"))
+    table = table.sort_values(["benchmark", "task"], key=lambda names: pd.factorize(names)[0], ignore_index=True)
+    changed = lambda texts: [text if there else "-" for text, there in zip(texts, table["difference"].notna())]
+    return pd.DataFrame({"benchmark": table["benchmark"], "task": table["task"], "checkpoint": table["checkpoint"], "accuracy, %": [f"{100 * p:.1f}" for p in table["value"]],
+                         f"{level:.0%} interval": span(table["low"], table["high"], ".1f"), "change, points": changed(f"{100 * d:+.1f}" for d in table["difference"]),
+                         f"its {level:.0%} interval": changed(span(table["low_change"], table["high_change"], "+.1f")),
+                         "won : lost": changed(f"{w:.0f} : {l:.0f}" for w, l in zip(table["won"], table["lost"])), "p": changed(f"{p:.1e}" if p < .001 else f"{p:.3f}" for p in table["p"])})
+
+# %% ../nbs/12_results.ipynb #e93b07d4
+def retention_summary(run: str | Path,  # run folder
+                      ) -> str:         # Markdown
+    "What the VLM keeps and the paper's table 7, from the tables of the stage `retention`; or that it was not run."
+    folder = Path(run) / "retention"
+    if not (folder / "manifest.json").exists(): return "What the VLM keeps is not known: the stage `retention` was not run here. [Retention](11b_retention.ipynb) tells what it asks."
+    metrics, differences, paper = (read_table(folder / f"{name}.parquet") for name in ("metrics", "differences", "beside_paper"))
+    return "\n\n".join([markdown(readable_retention(metrics, differences, read_manifest(folder)["parameters"]["level"])),
+                        "The task *all* is the headline. The change is against the first checkpoint, on the same questions; p is of whole groups of questions. [Retention](11b_retention.ipynb) tells more.",
+                        "#### Beside the paper's table 7", "Another model, and prompts that the paper does not tell: compare the order of its two columns, not the figures.", markdown(paper)])
 
 # %% ../nbs/12_results.ipynb #059589ae
 KEPT = PACKAGE / "results"
 KEPT_COLUMNS = ["benchmark", "task", "arm", "seed", "step", "episode", "success", "steps"]
-KEPT_PARAMETERS = ["features", "proximity", "selection", "midtrain", "policy", "benchmarks"]  # stages whose parameters shape the result
+KEPT_PARAMETERS = ["features", "proximity", "selection", "midtrain", "policy", "benchmarks", "metaworld"]  # stages whose parameters shape the result
+
+# %% ../nbs/12_results.ipynb #0e254f77
+PLAYED = ("benchmarks", "metaworld")   # stages that play episodes
+
+def played(run: str | Path,         # run folder
+           what: str = "episodes",  # or "bounds"
+           ) -> pd.DataFrame:
+    "The tables of all stages that have played, one below the other; FileNotFoundError when there is none."
+    there = [stage for stage in PLAYED if (Path(run) / stage / "manifest.json").exists()]
+    if not there: raise FileNotFoundError(f"{run} has no episodes: none of the stages {', '.join(PLAYED)} is finished")
+    return pd.concat([read_table(Path(run) / stage / f"{what}.parquet") for stage in there], ignore_index=True)
 
 # %% ../nbs/12_results.ipynb #209ed820
 def stage_seconds(run: str | Path,  # run folder
@@ -293,13 +359,21 @@ def commit_results(run: str | Path,        # finished run folder
                    name: str,              # what it will be called, such as "micro-seeds"
                    out: Path = KEPT,       # folder to keep it in
                    ):
-    "Keep a run's episodes, with the rates of the reference predictors, date, command, machine, versions, seconds and parameters, as files of the package."
-    manifest, bounds = read_manifest(Path(run) / "benchmarks"), read_table(Path(run) / "benchmarks" / "bounds.parquet")
+    "Keep a run's episodes, with the rates of the reference predictors, the gap, date, command, machine, versions, seconds and parameters, as files of the package."
+    run, episodes, bounds = Path(run), played(run), played(run, "bounds")
+    there = {stage: read_manifest(run / stage) for stage in KEPT_PARAMETERS if (run / stage / "manifest.json").exists()}
+    last = list(there.values())[-1]
     rates = bounds.groupby(["benchmark", "task", "predictor"], sort=False)["success"].mean().reset_index()
-    parameters = {stage: read_manifest(Path(run) / stage)["parameters"] for stage in KEPT_PARAMETERS if (Path(run) / stage / "manifest.json").exists()}
-    write_table(read_table(Path(run) / "benchmarks" / "episodes.parquet", KEPT_COLUMNS), Path(out) / f"{name}.parquet")
-    write_json({"command": command, "finished": manifest["finished"], "version": manifest["version"], "machine": manifest["environment"],
-                "seconds": stage_seconds(run), "parameters": parameters, "bounds": rates.to_dict("records")}, Path(out) / f"{name}.json")
+    gap = {"gap": read_table(run / "gap" / "groups.parquet").to_dict("records")} if (run / "gap" / "manifest.json").exists() else {}
+    write_table(episodes[KEPT_COLUMNS], Path(out) / f"{name}.parquet")
+    write_json({"command": command, "finished": last["finished"], "version": last["version"], "machine": last["environment"], "played with": sorted(set(episodes.get("versions", []))), "seconds": stage_seconds(run),
+                "parameters": {stage: _placeless(manifest["parameters"]) for stage, manifest in there.items()}, "bounds": rates.to_dict("records"), **gap}, Path(out) / f"{name}.json")
+
+def _placeless(value):
+    "Parameters without the folders of a machine: of a path its name."
+    if isinstance(value, dict): return {k: _placeless(v) for k, v in value.items()}
+    if isinstance(value, list): return [_placeless(v) for v in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 # %% ../nbs/12_results.ipynb #f5788b6a
 def kept_results(out: Path = KEPT,     # folder of `commit_results`
@@ -359,3 +433,9 @@ def kept_story(name: str,        # as of `commit_story`
                ) -> dict:        # as from `story_tables`
     "The tables of a picture that were kept."
     return {part: read_table(Path(out) / "story" / f"{name}-{part}.parquet") for part in ("map", "scores", "shares")}
+
+# %% ../nbs/12_results.ipynb #73a8e058
+def gap_text(gap: list,  # of `commit_results`: relation, mmd2, low, high
+             ) -> str:
+    "How far apart the data of a run lie, in words."
+    return "Squared MMD with its 95 % interval: " + ", ".join(f"{row['relation']} {row['mmd2']:.3f} ({row['low']:.3f} to {row['high']:.3f})" for row in gap) + "."

@@ -110,6 +110,15 @@ def _either(part, verb):
     "Newer versions of transformers call it activation checkpointing."
     return getattr(part, f"activation_checkpointing_{verb}", None) or getattr(part, f"gradient_checkpointing_{verb}")
 
+# %% ../nbs/09_train.ipynb #67f97f52
+def _deepspeed(config, clip, accumulation):
+    "Fill in what DeepSpeed has to know of a training."
+    from transformers.integrations import unset_hf_deepspeed_config
+    config |= {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": clip, "gradient_accumulation_steps": accumulation}   # the first is for its own counters only
+    if config.get("bf16", {}).get("enabled"): config |= {"bf16": {"enabled": False}, "torch_autocast": {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}}
+    config.setdefault("zero_optimization", {})["stage3_gather_16bit_weights_on_model_save"] = True   # of whatever type they are
+    unset_hf_deepspeed_config()   # or transformers would load every later model in pieces
+
 # %% ../nbs/09_train.ipynb #72e52f50
 PRECISIONS = ("no", "bf16")  # not float16: its gradients overflow by design, and here a gradient that is not finite ends the run
 
@@ -123,6 +132,7 @@ def _accelerator(precision, accumulation, tracker, folder, settings):
                               kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])  # a batch without pictures leaves the vision tower out
     if (told := accelerator.gradient_accumulation_steps) != accumulation:   # the environment overrules us
         raise ValueError(f"accelerate was started with gradient_accumulation_steps {told}, and this training has accumulation {accumulation}: make them the same")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED: _deepspeed(accelerator.deepspeed_plugin.deepspeed_config, settings["clip"], accumulation)
     if tracker: accelerator.init_trackers("embodied-midtrain", {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in settings.items()})
     return accelerator
 

@@ -43,7 +43,7 @@ def contents(folder):
     for name in told:
         if name.endswith(MANIFEST):
             manifest = json.loads(told[name])
-            for key in "seconds", "finished", "environment": manifest.pop(key)
+            for key in "seconds", "finished", "environment", "speed": manifest.pop(key, None)
             told[name] = manifest
     return told
 

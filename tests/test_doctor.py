@@ -37,9 +37,10 @@ def test_versions_that_were_not_tested_are_told(tmp_path):
 
 
 def test_the_machine_is_told_as_it_is(tmp_path):
-    import ctypes.util, shutil, torch
+    import shutil, torch
+    from embodied_midtrain.benchmarks.metaworld import egl_devices
     found = named(look_at_machine(tmp_path))
-    assert (found["GPU"].state == "ok") == torch.cuda.is_available() and (found["EGL"].state == "ok") == bool(ctypes.util.find_library("EGL"))
+    assert (found["GPU"].state == "ok") == torch.cuda.is_available() and (found["EGL"].state == "ok") == (egl_devices() > 0)
     assert (found["disk"].state == "ok") == (shutil.disk_usage(tmp_path).free > 1e10)
 
 
@@ -74,6 +75,32 @@ def test_benchmarks_are_told_where_they_live(tmp_path):
     assert set(found) == set(BENCHMARKS) and found["tabletop"].state == "ok" and "vla-eval" in found["tabletop"].found
     for name in "calvin", "libero_10", "simpler_bridge", "simpler_bridge_ms3": assert found[name].state == "ok" or found[name].mend
     with pytest.raises(ValueError, match="path of an interpreter"): look_at_benchmarks(str(tmp_path / "python"))
+
+
+def test_assets_are_looked_for_where_the_scripts_put_them(tmp_path, monkeypatch):
+    "Beside the interpreter that is named; what is missing says the script with that environment."
+    python = str(tmp_path / "bin" / "python")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("LIBERO_CONFIG_PATH", raising=False)
+    for name, said in ("calvin", "merged_config.yaml"), ("libero_10", "keyboard"):
+        found, mend = module.ASSETS[name](BENCHMARKS[name], python)
+        assert said in found and f"tests/simulators/{name.split('_')[0]}.sh {tmp_path}" in mend
+    (tmp_path / "scene_D/.hydra").mkdir(parents=True)
+    (tmp_path / "scene_D/.hydra/merged_config.yaml").touch()
+    (tmp_path / "libero_config").mkdir()
+    (tmp_path / "libero_config/config.yaml").write_text(f"assets: {tmp_path}/assets\n")
+    assert module.ASSETS["calvin"](BENCHMARKS["calvin"], python) is None and "holds no assets" in module.ASSETS["libero_10"](BENCHMARKS["libero_10"], python)[0]
+    (tmp_path / "assets/stable_scanned_objects").mkdir(parents=True)
+    assert module.ASSETS["libero_10"](BENCHMARKS["libero_10"], python) is None
+
+
+def test_metaworld_without_anything_that_draws_is_told(monkeypatch):
+    import embodied_midtrain.benchmarks.metaworld as mw
+    for name in "MUJOCO_GL", "DISPLAY": monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(mw, "egl_devices", lambda: 0)
+    monkeypatch.setattr(mw.ctypes.util, "find_library", lambda name: None)
+    found, mend = module.ASSETS["metaworld"](BENCHMARKS["metaworld"], None)
+    assert "nothing here can draw" in found and "libegl1" in mend
 
 
 def test_what_a_world_of_maniskill3_lacks_is_told_with_its_command(tmp_path, monkeypatch):

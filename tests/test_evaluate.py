@@ -9,8 +9,8 @@ import pytest
 from embodied_midtrain import evaluate as module
 from embodied_midtrain.benchmarks.base import run_episodes
 from embodied_midtrain.benchmarks.tabletop import TabletopBenchmark, test_episodes as fixed_episodes
-from embodied_midtrain.core import folder_hash, read_table, write_json
-from embodied_midtrain.evaluate import BENCHMARKS, Benchmark, Starts, axis_angle, benchmark_of, calvin_units, evaluate as evaluate_with, gripper_closes, need_benchmark, probe, same_starts, success_table, told
+from embodied_midtrain.core import folder_hash, read_json, read_table, write_json
+from embodied_midtrain.evaluate import BENCHMARKS, Benchmark, Starts, axis_angle, benchmark_of, calvin_units, configuration, evaluate as evaluate_with, gripper_closes, keep_videos, need_benchmark, play, probe, same_starts, success_table, told
 
 COUNT = 10
 
@@ -392,3 +392,68 @@ def test_mistakes_are_told_by_the_command(tmp_path, capsys):
     for words, message in ((["--benchmark", "tabletop"], "no policy in"), (["--benchmark", "tabletop", "--param", "suite"], "expected name=value")):
         (tmp_path / "empty").mkdir(exist_ok=True)
         assert main(["evaluate", str(tmp_path / "empty"), *words]) == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how, said", [(dict(workers=0), "workers is 0"), (dict(execute=-1), "execute is -1"), (dict(batch=0), "batch is 0"), (dict(videos=-1), "videos is -1")])
+def test_numbers_that_make_no_sense_are_judged_before_anything_starts(tmp_path, how, said):
+    write_json(0, tmp_path / "policy.json")
+    with pytest.raises(ValueError, match=said): evaluate(tmp_path, benchmark_of("tabletop", 2), tmp_path / "run", **how)
+    assert not (tmp_path / "run").exists()
+    for episodes in 0, -2:
+        with pytest.raises(ValueError, match="one or more"): benchmark_of("tabletop", episodes)
+
+
+def test_a_parameter_that_the_benchmark_lacks_is_judged_before_anything_starts():
+    with pytest.raises(ValueError, match="unknown parameter of TabletopBenchmark 'siute'.*suite"): benchmark_of("tabletop", 2, params={"siute": "B"})
+    assert benchmark_of("calvin", params={"whatever": 1}).entries[0]["params"]["whatever"] == 1   # known to another Python
+
+
+def test_another_simulator_is_another_folder_and_another_row(tmp_path, monkeypatch):
+    "The same policy, asked the same: what was played before stays, and is not taken for what is played now."
+    import embodied_midtrain.evaluate as module
+    from embodied_midtrain.outcomes import evaluations
+    write_json(0, tmp_path / "policy/reach/base-0/step-9/policy.json")
+    real, stages = module.need_benchmark, []
+    for version in "1", "2":
+        monkeypatch.setattr(module, "need_benchmark", lambda *given: real(*given) | {"files": {"simulator": version}})
+        stages.append(evaluate(tmp_path / "policy/reach/base-0/step-9", benchmark_of("tabletop", 2, ["reach"]), tmp_path, load=lambda folder: Reflex(0), label="reflex"))
+    assert stages[0].path != stages[1].path and all(stage.done for stage in stages)
+    assert read_table(stages[0].file("episodes.parquet"))["benchmark_hash"][0] != read_table(stages[1].file("episodes.parquet"))["benchmark_hash"][0]
+    assert len(evaluations(tmp_path)) == 2
+
+
+def test_a_change_of_the_simulators_files_changes_its_hash(tmp_path):
+    "Of texts what they hold, of others their size; caches do not count."
+    from dataclasses import replace
+    package = tmp_path / "toysim"
+    (package / "assets").mkdir(parents=True)
+    for name, text in {"__init__.py": "", "world.py": "steps = 12", "assets/cup.stl": "solid"}.items(): (package / name).write_text(text)
+    toy = replace(benchmark_of("tabletop", 2), hashed=("toysim",))
+    sys.path.insert(0, str(tmp_path))
+    try:
+        hashes = [probe(toy)["files"]["toysim"]]
+        for name, text in {"world.py": "steps = 2", "assets/cup.stl": "solid cup", "__pycache__/world.pyc": "compiled"}.items():
+            (package / name).parent.mkdir(exist_ok=True)
+            (package / name).write_text(text)
+            hashes.append(probe(toy)["files"]["toysim"])
+    finally: sys.path.remove(str(tmp_path))
+    assert len(set(hashes)) == 3 and hashes[2] == hashes[3]
+
+
+def test_of_a_thousand_chains_two_videos_are_kept(tmp_path):
+    table = pd.DataFrame(dict(entry="calvin", task=[f"seq_{i:04d}" for i in range(20)], success=False, completed_subtasks=0, video=[f"{i}.mp4" for i in range(20)]))
+    table.loc[:4, "success"] = True
+    for video in table["video"]: (tmp_path / video).touch()
+    keep_videos(table, tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.mp4", "1.mp4", "5.mp4", "6.mp4"]
+
+
+def test_a_container_is_pulled_without_a_question_and_sees_what_it_is_told(tmp_path):
+    "A harness in the place of the real one that writes down how it was called: nobody is there to answer."
+    config = tmp_path / "config.json"
+    write_json(configuration(benchmark_of("calvin", 2), "ws://127.0.0.1:1", tmp_path, docker="image:1", volumes=("/data/calvin:/data/calvin",)), config)
+    fake = tmp_path / "python"
+    fake.write_text(f"#!/bin/sh\necho \"$@\" > {tmp_path}/called\n")
+    fake.chmod(0o755)
+    with pytest.raises(RuntimeError): play(config, tmp_path / "recording-x.sqlite", str(fake), docker=True)
+    assert "--yes" in (tmp_path / "called").read_text().split() and read_json(config)["docker"] == {"image": "image:1", "volumes": ["/data/calvin:/data/calvin"]}

@@ -1,7 +1,8 @@
-"Meta-World: its actions, initial states and view, the same through vla-eval, and recorded demonstrations."
-import ctypes.util, json, os, signal, subprocess, sys, time
+"Meta-World: its actions, initial states and view, the same through vla-eval, recorded demonstrations, and the whole chain on them."
+import ctypes.util, json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import PIL.Image
 import pytest
@@ -9,7 +10,9 @@ from hypothesis import given, strategies as st
 
 from embodied_midtrain.benchmarks import metaworld as mw
 from embodied_midtrain.benchmarks.base import Expert, run_episodes
-from embodied_midtrain.core import file_hash, seed_for, write_json
+from embodied_midtrain.core import file_hash, read_table, seed_for, write_json
+from embodied_midtrain.evaluate import benchmark_of, evaluate
+from embodied_midtrain.pipeline import STAGES, load_profile, notebook_folder, plan, read_notebook, run_jobs, started
 from embodied_midtrain.sources.lerobot import LeRobotSource
 from test_benchmarks import Reflex
 
@@ -215,3 +218,82 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
     with pytest.raises(ValueError, match="asked for otherwise"): mw.record(tmp_path / "recorded", "reach-v3", 2, 32)
     assert (tmp_path / "recorded" / "manifest.json").exists()
     assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
+
+
+# ---- the whole chain
+
+TOY = dict(line.split("=", 1) for line in """
+features.pool=[{reader: tabletop, name: mini-llava, count: 40}, {reader: tabletop, name: mini-robopoint, count: 40}]
+features.robots=[{reader: lerobot, name: metaworld-plate-slide, path: data/metaworld/plate-slide-v3, action: embodied.action, gripper: [0, 1], stride: 4}]
+gap.per_dataset=20
+gap.bootstrap=10
+gap.permutations=10
+gap.projections=[tsne]
+gap.projection_per_dataset=20
+proximity.seeds=[0]
+proximity.max_steps=20
+proximity.distance_per_robot=20
+proximity.bootstrap=10
+selection.seeds=[0]
+selection.k=20
+selection.held_out=4
+selection.diversity_samples=20
+selection.bootstrap=10
+midtrain.steps=2
+midtrain.batch_size=8
+policy.seeds=[0]
+policy.demos={plate-slide-v3: {reader: lerobot, name: plate-slide-demos, path: data/metaworld/plate-slide-v3, action: embodied.action, gripper: [0, 1]}}
+policy.steps=2
+policy.checkpoints=[2]
+policy.batch_size=8
+metaworld.episodes=2
+metaworld.limit=12""".strip().splitlines())
+
+
+@pytest.fixture
+def lean_notebooks(tmp_path):
+    "The stage notebooks without their examples, which run elsewhere."
+    (tmp_path / "nbs").mkdir()
+    for name in STAGES.values():
+        book = read_notebook(notebook_folder() / f"{name}.ipynb")
+        run = next(i for i, c in enumerate(book.cells) if re.match(r"## Run\b", c.source))
+        book.cells = [c for i, c in enumerate(book.cells) if i > run or "#| export" in c.source or c.metadata.get("tags")]
+        nbformat.write(book, tmp_path / "nbs" / f"{name}.ipynb")
+    return tmp_path / "nbs"
+
+
+def test_the_chain_of_the_profile(tmp_path, monkeypatch, lean_notebooks):
+    "From recorded demonstrations to paired differences, at toy size; what the stage says of an episode is what vla-eval says."
+    pytest.importorskip("vla_eval")
+    monkeypatch.chdir(tmp_path), monkeypatch.setenv("EMT_QUIET", "1"), monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    mw.record("data/metaworld/plate-slide-v3", "plate-slide-v3", 2, 64)
+    run_jobs(plan("metaworld", changes=[f"{name}={value}" for name, value in TOY.items()], notebooks=lean_notebooks), report=lambda line: None)
+    run = tmp_path / "runs/metaworld"
+    assert {row["stage"]: row["state"] for row in started(run)} == dict.fromkeys(load_profile("metaworld")["stages"], "done")
+    episodes, bounds = (read_table(run / f"metaworld/{name}.parquet") for name in ("episodes", "bounds"))
+    assert episodes.groupby("arm")["episode"].apply(list).to_dict() == dict.fromkeys(("base", "proximity", "random"), [0, 1]) and episodes["steps"].le(12).all()
+    assert set(bounds["predictor"]) == {"expert", "decided gripper", "random actions"} and (run / "metaworld/films-plate-slide-v3.png").exists()
+    assert "Meta-World simulator" in (run / "results/tables/summary.md").read_text()
+    again = evaluate(run / "policy/plate-slide-v3/base-0/step-2", benchmark_of("metaworld", 2, ["plate-slide-v3"], dict(image_size=64, limit=12)), run, videos=0)
+    alike = ["episode", "success", "steps"]
+    assert read_table(again.file("episodes.parquet"))[alike].sort_values("episode").to_numpy().tolist() == episodes[episodes["arm"] == "base"][alike].to_numpy().tolist()
+
+
+def test_of_a_group_the_tasks_that_cannot_be_decided_are_left_out_and_told(tmp_path, monkeypatch):
+    monkeypatch.setitem(mw.GROUPS, "two", ("reach-v3", "pick-out-of-hole-v3"))
+    decided = mw.record(tmp_path / "decided", ["two"], 1, 32)
+    assert decided.counts["kept"] == 1 and decided.counts["left_out"] == ["pick-out-of-hole-v3"] and decided.parameters["tasks"] == ["reach-v3"]
+    efforts = mw.record(tmp_path / "efforts", ["two"], 1, 32, decided=False)
+    assert efforts.counts["kept"] == 2 and "left_out" not in efforts.counts
+
+
+def test_groups_are_those_of_lerobots_evaluation():
+    "A task of each whose place is not obvious, and none in two."
+    assert all(task in mw.GROUPS[group] for task, group in {"peg-unplug-side-v3": "easy", "reach-wall-v3": "easy", "hammer-v3": "medium", "push-wall-v3": "medium", "push-v3": "hard", "assembly-v3": "hard", "shelf-place-v3": "very hard", "stick-push-v3": "very hard"}.items())
+    assert sum(map(len, mw.GROUPS.values())) == len(set().union(*mw.GROUPS.values())) == len(mw.INSTRUCTIONS) == 50
+
+
+def test_a_group_may_be_asked_for_by_its_name():
+    from embodied_midtrain.evaluate import benchmark_of
+    assert benchmark_of("metaworld", 1, ["very hard", "reach-v3"]).entries[0]["tasks"] == [*mw.GROUPS["very hard"], "reach-v3"]
+    with pytest.raises(ValueError, match="unknown task 'hrad'"): benchmark_of("metaworld", 1, ["hrad"])

@@ -1,5 +1,5 @@
 "Every notebook runs: its examples under nbdev_test, and every stage through papermill on next to nothing."
-import os, signal, subprocess, sys, time
+import os, re, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -38,6 +38,8 @@ def test_every_stage(smoke):
     assert "runs/smoke/notebooks" in said and (folder / "runs/smoke/report.html").stat().st_size > 100_000
     episodes = read_table(folder / "runs/smoke/benchmarks/episodes.parquet")
     assert set(episodes["arm"]) == {"base", "random", "proximity"}
+    shown = (folder / "runs/smoke/notebooks/12_results.ipynb").read_text()
+    assert "| tabletop (synthetic) | is it there | proximity-0 " in re.sub(r" +", " ", shown) and "paper: InternVL3.5-1B" in shown
 
 
 def test_second_run_does_nothing(smoke):

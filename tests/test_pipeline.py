@@ -10,7 +10,7 @@ import yaml
 
 from embodied_midtrain.cli import main
 from embodied_midtrain.core import write_json
-from embodied_midtrain.pipeline import STAGES, StageFailed, load_profile, parameters_of, place_paths, plan, profile_files, refresh, run_jobs, stage_state, status
+from embodied_midtrain.pipeline import STAGES, StageFailed, fingerprint, load_profile, parameters_of, place_paths, plan, profile_files, refresh, run_jobs, stage_state, status
 from test_core import contents
 
 ROOT = Path(__file__).parent.parent
@@ -248,6 +248,16 @@ def test_the_paper_profile_says_which_benchmark_is_missing(tmp_path, monkeypatch
         with pytest.raises(FileNotFoundError, match=rf"leakage.benchmarks\[{i}\].path: .*{folder} does not exist"): plan("paper")
         with pytest.raises(FileNotFoundError, match=rf"retention.benchmarks\[{i}\].path: .*{folder} does not exist"): plan("paper", stages="features,gap,proximity,selection,midtrain,retention")
         (tmp_path / "data/paper" / folder).mkdir()
+
+
+def test_results_do_not_wait_for_retention(tmp_path, monkeypatch):
+    "They are made again when it is done; until then they say that it was not run."
+    monkeypatch.chdir(tmp_path)
+    for stage in "policy", "benchmarks": write_json({"key": "y", "files": []}, tmp_path / f"runs/smoke/{stage}/manifest.json")
+    job, = plan("smoke", stages="results")
+    before = fingerprint(job)
+    write_json({"key": "x", "files": []}, tmp_path / "runs/smoke/retention/manifest.json")
+    assert job.needs == ("benchmarks", "retention") and fingerprint(job) != before
 
 
 def test_what_the_template_offers_in_comments_is_a_profile(tmp_path, monkeypatch):

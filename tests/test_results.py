@@ -80,6 +80,39 @@ def test_the_papers_rows_are_those_of_its_tables():
     assert rows.loc["random"].tolist() == ablation.loc["random"].tolist()
 
 
+# ---- what the VLM keeps
+
+def retention_run(folder, checkpoints=("base", "random-0", "proximity-0")):
+    "A run whose stage `retention` is done: what it writes, with invented figures."
+    metrics = pd.DataFrame([("POPE", c, task, metric, .9 - i / 10, .85 - i / 10, .95 - i / 10) for i, c in enumerate(checkpoints) for task in ("random", "popular", "all") for metric in ("accuracy", "recall")],
+                           columns=["benchmark", "checkpoint", "task", "metric", "value", "low", "high"])
+    columns = ["benchmark", "checkpoint", "task", "difference", "low", "high", "won", "lost", "questions", "groups", "p"]
+    differences = pd.DataFrame([("POPE", c, task, -i / 10, -i / 10 - .02, -i / 10 + .02, 5, 5 + i * 300, 3000, 500, .0123) for i, c in enumerate(checkpoints) if i for task in ("random", "popular", "all")], columns=columns)
+    with Stage(folder, "retention", {"level": .9}) as stage:
+        for name, table in dict(metrics=metrics, differences=differences, beside_paper=pd.DataFrame({"accuracy, %": ["POPE"], "ours: base": ["90.0"], "paper: InternVL3.5-1B": ["86.33"]})).items(): write_table(table, stage.file(f"{name}.parquet"))
+    return metrics, differences
+
+
+def test_what_the_vlm_keeps_is_shown(tmp_path):
+    metrics, differences = retention_run(tmp_path)
+    table = results.readable_retention(metrics, differences, .9)
+    assert table[["task", "checkpoint"]].values.tolist() == [[task, c] for task in ("random", "popular", "all") for c in ("base", "random-0", "proximity-0")]  # side by side, recall left out
+    assert table.iloc[0].tolist() == ["POPE", "random", "base", "90.0", "85.0 to 95.0", "-", "-", "-", "-"] and table.iloc[8].tolist() == ["POPE", "all", "proximity-0", "70.0", "65.0 to 75.0", "-20.0", "-22.0 to -18.0", "5 : 605", "0.012"]
+    text = results.retention_summary(tmp_path)
+    assert all(said in text for said in ("90% interval", "5 : 305", "86.33", "paper: InternVL3.5-1B", "11b_retention.ipynb"))
+
+
+def test_what_the_vlm_keeps_without_anything_to_compare_with(tmp_path):
+    metrics, differences = retention_run(tmp_path, ("published",))
+    assert differences.empty and results.readable_retention(metrics, differences).iloc[:, 5:].eq("-").all(axis=None) and "86.33" in results.retention_summary(tmp_path)
+
+
+def test_a_run_without_retention_says_so(tmp_path):
+    assert "was not run" in results.retention_summary(tmp_path)
+    (tmp_path / "retention/base").mkdir(parents=True)  # begun, not finished
+    assert "was not run" in results.retention_summary(tmp_path)
+
+
 # ---- files
 
 def test_written_tables_are_the_computed_ones(tmp_path):
@@ -116,3 +149,17 @@ def test_kept_results_are_enough_to_make_all_tables_again(tmp_path):
 
 def test_an_unfinished_run_is_not_kept(tmp_path):
     with pytest.raises(FileNotFoundError): results.commit_results(tmp_path, "emt run", "kept", tmp_path)
+
+
+def test_losses_stand_below_the_success_of_the_same_task(tmp_path):
+    "Of the policies that the stage names, and of no other folder."
+    from embodied_midtrain.core import write_json, write_table
+    names = [f"policy/{task}/{arm}-{seed}" for task in ("reach", "lift") for arm in ("base", "proximity") for seed in (0, 1)]
+    for i, name in enumerate([*names, "policy/reach/left-over-0"]): write_table(pd.DataFrame(dict(step=range(1, 31), loss=.1 + i, lr=0.)), tmp_path / name / "log.parquet")
+    write_json(dict(inputs=dict.fromkeys(names, "key")), tmp_path / "policy" / "manifest.json")
+    losses = results.training_losses(tmp_path)
+    assert losses.groupby(["task", "arm", "seed"]).size().tolist() == [30] * 8 and losses[(losses.task == "lift") & (losses.arm == "base")].groupby("seed").loss.first().tolist() == [4.1, 5.1]
+    figure = results.plot_dynamics(episodes(), losses=losses)
+    below = figure.axes[len(figure.axes) // 2:]
+    lines = below[0].get_lines()
+    assert len(figure.axes) == 2 * len(below) and len(lines) == 2 and lines[0].get_ydata()[-1] == pytest.approx(.6) and lines[1].get_ydata()[-1] == pytest.approx(2.6)

@@ -261,19 +261,25 @@ def test_headlines():
 def questions_of(n=6): return [Sample(f"b/{split}-{i}", "b", "vlm", (), (turn("user", "?"), turn("assistant", "yes")), dict(question_id=str(i), task=split, group=str(i))) for split in ("x", "y") for i in range(n // 2)]
 
 
+def write_lines(path, *rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    return path
+
+
 def test_answers_from_elsewhere(tmp_path, capsys):
     path, questions = tmp_path / "answers.jsonl", questions_of()
-    def write(*rows): path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    def write(*rows): write_lines(path, *rows)
     good = [dict(id=q.id, answer="yes") for q in questions]
     write(*good)
     assert read_answers(path, questions) == {q.id: "yes" for q in questions}
     write(*[dict(question_id=q.id.partition("/")[2], text="no") for q in questions[::-1]])
     assert list(read_answers(path, questions).items()) == [(q.id, "no") for q in questions]
-    write(*[dict(qid=int(q.meta["question_id"]), prediction="no") for q in questions[:3]])  # the benchmark's own ids, where they tell the questions apart
-    assert len(read_answers(path, questions[:3])) == 3
-    with pytest.raises(ValueError, match="3 answers to questions that were not asked, such as '0'"): read_answers(path, questions)  # 0 is a question of x and one of y
-    for rows, message in ((good + good[:1], "answer 7 is the second to question b/x-0"), (good[1:], "1 of 6 questions have no answer, such as 'b/x-0'"), (good + [dict(id="b/z", answer="")], "1 answers to questions that were not asked, such as 'b/z'"),
-                          ([dict(question="?", answer="yes")], "answer 1 has no id"), ([dict(id="b/x-0", said="yes")], "answer 1 has no answer"), (["yes"], "line 1 is not a JSON object")):
+    path.write_text(json.dumps([dict(qid=int(q.meta["question_id"]), prediction="no") for q in questions[:3]], indent=1))  # a JSON list, and the benchmark's own ids, where they tell the questions apart
+    assert read_answers(path, questions[:3]) == {q.id: "no" for q in questions[:3]}
+    with pytest.raises(ValueError, match="line 1: there is a question '0' in each of x, y: .* a file of its own, such as b_x.jsonl, or say in a field 'category'"): read_answers(path, questions)
+    with pytest.raises(ValueError, match="in each of x, y"): read_answers(path, questions[:3], questions)  # also where only those of x were asked
+    for rows, message in ((good + good[:1], "line 7 is the second answer to question b/x-0"), (good[1:], "1 of 6 questions have no answer, such as 'b/x-0'"), (good + [dict(id="b/z", answer="")], "1 answers to questions that were not asked, such as 'b/z'"),
+                          ([dict(question_text="?", answer="yes")], "line 1 has no id"), ([dict(id="b/x-0", said="yes")], "line 1 has no answer"), (["yes"], "line 1 is not a JSON object"), ([dict(id="b/x-0", answer=["yes"])], "line 1: its answer is not a text")):
         write(*rows)
         with pytest.raises(ValueError, match=message): read_answers(path, questions)
     path.write_text("{'id': 1}")
@@ -281,15 +287,166 @@ def test_answers_from_elsewhere(tmp_path, capsys):
     write(*good[1:])
     graded = grade(questions, read_answers(path, questions, missing="wrong"), "tabletop")
     assert graded.correct.tolist() == [False] + [True] * 5 and "1 of 6 questions have no answer and count as wrong" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="did you mean 'wrong'"): read_answers(path, questions, missing="wrng")
 
 
-def test_a_picture_that_nobody_can_see_does_not_count(tmp_path, tiny):
+def test_the_right_answer_is_not_taken_for_the_models(tmp_path):
+    "Tables of VLMEvalKit's form hold both; others repeat the question as `text`."
+    questions = questions_of()
+    path = write_lines(tmp_path / "table.jsonl", *[dict(id=q.id, answer=q.answer, prediction="no") for q in questions])
+    with pytest.raises(ValueError, match=r"table.jsonl, line 1 has several fields that may be the model's answer, answer, prediction; name .* field='prediction', or `fields` in a run"): read_answers(path, questions)
+    assert set(read_answers(path, questions, field="prediction").values()) == {"no"}
+    with pytest.raises(ValueError, match="line 1 has no said: its fields are id, answer, prediction"): read_answers(path, questions, field="said")
+    ask = [Sample(q.id, "b", "vlm", (), (turn("user", "<image>\nIs there a dog?\nAnswer with a word."), turn("assistant", "no")), q.meta) for q in questions]
+    write_lines(path, *[dict(id=q.id, text="Is there a dog?", response="no") for q in ask])
+    with pytest.raises(ValueError, match="answer, text, response; name"): read_answers(path, ask)
+    write_lines(path, *[dict(id=q.id, text="Is there a dog?", said="no") for q in ask])
+    with pytest.raises(ValueError, match="line 1: its text is the question and not an answer"): read_answers(path, ask)
+    assert set(read_answers(path, ask, field="said").values()) == {"no"}
+
+
+@pytest.mark.parametrize("kind, right", [("pope", "yes"), ("spatialeval", "No"), ("spatialeval", ""), ("tabletop", "")])
+def test_no_answer_is_wrong_whatever_the_rules(tmp_path, kind, right, capsys):
+    "An empty text is a yes to POPE, 'No' is part of SpatialEval's 'None', and nothing is part of everything."
+    questions = [Sample(f"b/{i}", "b", "vlm", (), (turn("user", "?"), turn("assistant", right)), dict(task="mazenav", number=2, option="B")) for i in range(4)]
+    path = write_lines(tmp_path / "a.jsonl", dict(id="b/0", answer=""), dict(id="b/1", answer=None), dict(id="b/2", answer=float("nan")))
+    with pytest.raises(ValueError, match="3 of 4 questions have no answer, such as 'b/1'"): read_answers(path, questions)
+    table = grade(questions, read_answers(path, questions, missing="wrong"), kind)
+    assert table.correct.tolist() == [True] + [False] * 3 and table.by.tolist()[1:] == ["absent"] * 3 and "3 of 4 questions have no answer and count as wrong" in capsys.readouterr().out
+    assert score(table, kind).set_index(["task", "metric"]).of["all", "accuracy"] == 4
+
+
+def test_no_answer_is_neither_yes_nor_no():
+    questions = [Sample(f"pope/{i}", "pope", "vlm", (), (turn("user", "?"), turn("assistant", right)), dict(task="random")) for i, right in enumerate(["yes", "yes", "no", "no"])]
+    value = score(grade(questions, {"pope/0": "yes", "pope/1": None, "pope/2": "yes", "pope/3": None}, "pope"), "pope").set_index(["task", "metric"]).value["random"]
+    assert value.to_dict() == {"accuracy": 1 / 4, "precision": 1 / 2, "recall": 1 / 2, "yes ratio": 2 / 4, "F1": 1 / 2}
+
+
+def test_a_line_ends_where_json_ends_it(tmp_path, tiny, monkeypatch):
+    "Not at a line separator within an answer."
+    from embodied_midtrain import retention
+    said = "yes\u2028no\x85\nno"
+    monkeypatch.setattr(retention, "answer_questions", lambda backbone, questions, **how: ([said] * len(questions), [False] * len(questions)))
+    questions = list(TabletopQuestions("tabletop", 1))
+    write_answers(tiny, questions, tmp_path / "a.jsonl", 3)
+    assert set(read_answers(tmp_path / "a.jsonl", questions).values()) == {said}
+
+
+# ---- a published model, on POPE's own questions
+
+SPLITS = ("random", "popular", "adversarial")
+
+
+@pytest.fixture
+def published(tmp_path, request):
+    "POPE's questions, read without pictures; its rows; a folder for answers, of a model that always says yes."
+    folder = request.config.rootpath / POPE
+    rows = {split: [json.loads(line) for line in (folder / f"coco_pope_{split}.json").read_text().splitlines()] for split in SPLITS}
+    (tmp_path / "model").mkdir()
+    return {"reader": "pope", "path": str(folder), "images": False}, rows, tmp_path / "model"
+
+
+def accuracies(spec, folder, count=0, **how):
+    metrics = judge_all([spec], {}, count, elsewhere={"model": folder}, **how)[1]
+    return metrics[metrics.metric == "accuracy"].set_index("task").value.to_dict()
+
+
+FORMS = {  # row of POPE, what was said -> row of answers
+    "POPE's own": lambda row, said: dict(question=row["text"].lower(), answer=said),  # without ids, in the order of the questions
+    "LLaVA's fields": lambda row, said: dict(question_id=row["question_id"], prompt=row["text"], text=said, answer_id="x", model_id="y", metadata={}),
+    "with ids": lambda row, said: dict(question_id=row["question_id"], question=row["text"], answer=said)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["coco_pope_{}.json", "pope_{}.jsonl"])
+def test_published_ids_begin_anew_in_each_split(published, form, name):
+    spec, rows, folder = published
+    for split in SPLITS: write_lines(folder / name.format(split), *[FORMS[form](row, {"random": row["label"], "popular": "Yes", "adversarial": "No, there is not."}[split]) for row in rows[split]])
+    assert accuracies(spec, folder) == {"random": 1, "popular": .5, "adversarial": .5, "all": 2 / 3}
+    lost = (folder / name.format("popular")).read_text().splitlines()
+    (folder / name.format("popular")).write_text("\n".join(lost[1:]))
+    with pytest.raises(ValueError, match="is there a dining table.* in the order of the questions" if form == "POPE's own" else "1 of 72 questions have no answer, such as 'pope/popular-1'"): accuracies(spec, folder)
+
+
+def test_one_file_of_all_splits_says_which(published):
+    spec, rows, folder = published
+    every = [dict(question_id=row["question_id"], category=split, text=row["label"]) for split in SPLITS[::-1] for row in rows[split]]
+    write_lines(folder / "pope.jsonl", *every)
+    assert accuracies(spec, folder)["all"] == 1
+    write_lines(folder / "pope.jsonl", *[dict(row, id=str(i)) for i, row in enumerate(every)])  # as on the hub, whose `id` is the number of the row
+    assert accuracies(spec, folder)["all"] == 1
+    write_lines(folder / "pope.jsonl", *[dict(question_id=row["question_id"], text=row["text"]) for row in every])
+    with pytest.raises(ValueError, match=r"pope.jsonl, line 1: there is a question '1' in each of random, popular, adversarial: .*pope_random.jsonl, or say in a field 'category'"): accuracies(spec, folder)
+    (folder / "pope.jsonl").unlink()
+    for split in SPLITS: write_lines(folder / f"coco_pope_{split}.json", *rows[split])
+    with pytest.raises(ValueError, match="coco_pope_random.json, line 1: its text is the question"): accuracies(spec, folder)  # the questions, not the answers
+    write_lines(folder / "a_pope_random.json", *rows["random"])
+    with pytest.raises(ValueError, match="several files of a task, a_pope_random.json, coco_pope_random.json"): accuracies(spec, folder)
+
+
+def test_an_id_of_one_split_is_not_taken_for_another(published, tmp_path):
+    "An older random file is shorter; answers to it have no business with what popular has under that number."
+    spec, rows, folder = published
+    (shorter := tmp_path / "shorter").mkdir()
+    write_lines(shorter / "coco_pope_random.json", *rows["random"][:-1]), write_lines(shorter / "coco_pope_popular.json", *rows["popular"])
+    for split in SPLITS[:2]: write_lines(folder / f"pope_{split}.jsonl", *[dict(question_id=row["question_id"], answer="no") for row in rows[split][:24 if split == "random" else 23]])
+    with pytest.raises(ValueError, match="1 answers to questions that were not asked, such as '24'"): accuracies(dict(spec, path=str(shorter)), folder, missing="wrong")
+
+
+def test_a_complete_file_does_for_some_of_the_questions(published):
+    "For a draw, for one split, and where a record was set aside."
+    spec, rows, folder = published
+    for split in SPLITS: write_lines(folder / f"pope_{split}.jsonl", *[dict(question_id=row["question_id"], answer=row["label"]) for row in rows[split]])
+    few = judge_all([spec], {}, 10, elsewhere={"model": folder})[0]
+    assert 10 <= len(few) < 20 and few.correct.all()
+    assert accuracies(dict(spec, path=f"{spec['path']}/coco_pope_popular.json"), folder / "pope_popular.jsonl") == {"popular": 1, "all": 1}
+    (aside := folder.parent / "aside").mkdir()
+    for split in SPLITS: write_lines(aside / f"coco_pope_{split}.json", *[dict(row, label="maybe") if (split, row["question_id"]) == ("popular", 3) else row for row in rows[split]])
+    graded = judge_all([dict(spec, path=str(aside))], {}, elsewhere={"model": folder})[0]
+    assert len(graded) == 71 and graded.correct.all()
+    one = judge_all([dict(spec, path=str(aside / "coco_pope_popular.json"))], {}, elsewhere={"model": folder / "pope_popular.jsonl"})[0]
+    assert len(one) == 23 and one.correct.all()
+
+
+def test_a_picture_that_cannot_be_decoded_is_told(tmp_path, tiny):
     questions = list(TabletopQuestions("tabletop", 3))
     questions[2] = Sample(questions[2].id, "tabletop", "vlm", (ImageRef(data=b"no picture"),), questions[2].messages, questions[2].meta)
     assert write_answers(tiny, questions, tmp_path / "a.jsonl", 4, max_new_tokens=8) == dict(cut_off=0, not_decoded=1)
     row = json.loads((tmp_path / "a.jsonl").read_text().splitlines()[2])
     assert row["answer"] is None and "cannot be decoded" in row["reason"]
-    assert len(grade(questions, read_answers(tmp_path / "a.jsonl", questions), "tabletop")) == len(questions) - 1
+
+
+def test_what_a_checkpoint_could_not_see_counts_for_nobody(published, pope, tiny):
+    spec, rows, folder = published
+    (pope[1] / rows["random"][0]["image"]).write_bytes(b"no picture")
+    seen = dict(spec, images=str(pope[1]))
+    def asked(spec):
+        write_answers(tiny, list(open_source(benchmark_spec(spec))), folder.parent / "base/pope.jsonl", max_new_tokens=3)
+        return {"base": folder.parent / "base"}
+    for split in SPLITS: write_lines(folder / f"pope_{split}.jsonl", *[dict(question_id=row["question_id"], answer=row["label"]) for row in rows[split]])
+    graded, _, differences = judge_all([seen], asked(seen), elsewhere={"model": folder})
+    lost = sum(row["image"] == rows["random"][0]["image"] for split in SPLITS for row in rows[split])
+    assert lost > 1 and graded.groupby("checkpoint").size().to_dict() == {"base": 72 - lost, "model": 72 - lost} and (differences.questions.iloc[-1], differences.lost.iloc[-1]) == (72 - lost, 0)
+    (folder.parent / "base/pope.jsonl").unlink()
+    with pytest.raises(ValueError, match="pope: no question is left to judge"): judge_all([seen], asked(spec))  # a checkpoint cannot be asked without pictures
+
+
+def test_answers_from_elsewhere_need_not_cover_all_benchmarks(published, tmp_path, tiny, capsys):
+    spec, rows, folder = published
+    tabletop = {"reader": "tabletop", "count": 3}
+    write_answers(tiny, list(TabletopQuestions("tabletop", 3)), tmp_path / "base/tabletop.jsonl", max_new_tokens=8)
+    write_answers(tiny, [], tmp_path / "base/pope.jsonl")
+    write_lines(folder / "tabletop.jsonl", *[dict(question_id=q.meta["question_id"], answer="right is not", prediction=q.answer) for q in TabletopQuestions("tabletop", 3)][1:])
+    how = dict(elsewhere={"model": folder}, fields={"model": "prediction"}, missing="wrong")
+    graded, metrics, differences = judge_all([tabletop, spec], {}, **how)
+    assert set(metrics.benchmark) == {SHOWN["tabletop"]} and graded.correct.tolist() == [False] + [True] * 11 and f"model: no answers to pope in {folder}" in capsys.readouterr().out
+    assert beside_paper(metrics)["ours: model"].tolist()[1:] == ["-"] * 5
+    table = judge_all([tabletop], {"base": tmp_path / "base"}, **how)[2].set_index("task")
+    assert table.questions["all"] == 12 and set(table.checkpoint) == {"model"}
+    with pytest.raises(ValueError, match="several fields .*answer, prediction"): judge_all([tabletop], {}, elsewhere={"model": folder})
+    with pytest.raises(ValueError, match="'base' is a checkpoint of this run"): judge_all([tabletop], {"base": tmp_path / "base"}, elsewhere={"base": folder})
+    with pytest.raises(ValueError, match="unknown name of answers from elsewhere 'modl'; did you mean 'model'"): judge_all([tabletop], {}, elsewhere={"model": folder}, fields={"modl": "x"})
+    with pytest.raises(FileNotFoundError, match="has no answers of model: a file"): judge_all([tabletop, spec], {}, elsewhere={"model": tmp_path / "nowhere"})
 
 
 # ---- generation
@@ -432,6 +589,27 @@ def test_variants_of_a_question_are_one_piece_of_evidence():
     assert np.allclose(once.p, 2 * .5**8) and np.allclose(many.p, 2 * .5**8) and many.groups.tolist() == [20] * 6 and many.questions.tolist() == [20] * 5 + [100] and many.won["all"] == 40
 
 
+def test_the_headline_and_its_p_speak_of_the_same():
+    "A small task rises, a large one falls: the mean of the two stands still where the questions, pooled, have fallen."
+    def task(name, n, won, lost): return pd.DataFrame(dict(id=[f"{name}{i}" for i in range(n)], task=name, group=[f"{name}{i}" for i in range(n)], a=np.arange(n) < won, b=(won <= np.arange(n)) & (np.arange(n) < won + lost)))
+    def change(*tasks):
+        rows = pd.concat(tasks, ignore_index=True)
+        return [compare(rows.assign(correct=rows.a), rows.assign(correct=rows.b), mean).iloc[-1] for mean in (True, False)]
+    mean, pooled = change(task("small", 20, 5, 0), task("big", 400, 0, 100))
+    assert mean.difference == 0 and np.isclose(mean.p, 1) and pooled.difference < 0 and pooled.p < 1e-9 and (mean.won, mean.lost) == (pooled.won, pooled.lost) == (5, 100)
+    mean, pooled = change(task("small", 21, 15, 0), task("big", 400, 15, 15))  # weights that are no whole numbers
+    assert mean.low > 0 and mean.p < .01 and pooled.p > mean.p
+    mean, pooled = change(task("x", 30, 9, 2), task("y", 30, 4, 3))            # tasks of one size: McNemar's exact test
+    assert mean.p == pooled.p and np.isclose(mean.p, binomtest(13, 18).pvalue)
+
+
+def test_nothing_changed_is_as_uncertain_as_the_headline():
+    "A mean over a small and a large task is less certain than all questions taken together."
+    same = pd.DataFrame(dict(id=range(420), task=["small"] * 20 + ["big"] * 400, group=range(420), correct=True))
+    mean, pooled = (compare(same, same, by_task).iloc[-1] for by_task in (True, False))
+    assert mean.difference == pooled.difference == 0 and mean.high > 3 * pooled.high > 0
+
+
 def test_3dsrbench_is_compared_by_things_and_not_by_variants(tmp_path):
     "48 rows are 12 things; two things known in all their four variants are two pieces of evidence and not eight."
     write_3dsr(tmp_path / "3dsrbench_v1_vlmevalkit_circular.tsv")
@@ -503,7 +681,7 @@ def test_five_benchmarks_from_question_to_table(tmp_path, tiny, pope):
     for spec in specs:
         chosen = choose_questions(list(open_source(benchmark_spec(spec))), 9)
         (tmp_path / f"perfect/{spec['reader']}.jsonl").write_text("\n".join(json.dumps(dict(question_id=q.id, text=q.answer)) for q in chosen))
-    judged, metrics, differences = judge_all(specs, {"base": stage.path, "perfect": tmp_path / "perfect"}, 9)
+    judged, metrics, differences = judge_all(specs, {"base": stage.path}, 9, elsewhere={"perfect": tmp_path / "perfect"})
     assert (metrics[(metrics.checkpoint == "perfect") & (metrics.metric != "yes ratio") & metrics.value.notna()].value == 1).all()
     assert set(metrics.benchmark) == {"POPE", "BLINK", "VisuLogic", "3DSRBench", "SpatialEval"} and len(retention_text(metrics, differences)) == 5
     assert set(metrics[metrics.benchmark == "3DSRBench"].metric) == {"accuracy", "circular", "flip", "circular + flip"} and (judged.groupby(["benchmark", "checkpoint"]).size().unstack().nunique(axis=1) == 1).all()

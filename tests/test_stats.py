@@ -105,6 +105,14 @@ def test_the_swap_test_of_single_questions_is_mcnemars(won, lost):
     assert stats.swap_test(d, np.arange(len(d))) == pytest.approx(stats.mcnemar(d)) == pytest.approx(binomtest(won, won + lost).pvalue if won + lost else 1)
 
 
+def test_the_swap_test_of_weighed_questions_is_that_of_all_ways_to_exchange():
+    "As in a mean over tasks of 7, 4 and 3 questions; one group spans two tasks."
+    d, group, weight = np.array([1, 1, 0, -1, 0, 1, 1, -1, -1, 0, -1, 1, 1, 0]), np.r_[0, np.arange(13)], 7 / np.repeat([7, 4, 3], [7, 4, 3])
+    for weights in weight, 7 / np.repeat([7, 2, 5], [7, 2, 5]):
+        assert stats.swap_test(d * weights, group) == pytest.approx(by_enumeration((d * weights).round(9), group), abs=.02)
+    assert stats.swap_test(d * weight, group) == stats.swap_test(-d * weight, group) and stats.swap_test(np.ones(60) * 1.7, np.arange(60)) == 1 / (1 + stats.TOSSES)
+
+
 def test_copies_are_no_evidence():
     d = np.array([1] * 9 + [-1] * 3 + [0] * 20)
     assert stats.swap_test(np.repeat(d, 6), np.repeat(range(len(d)), 6)) == pytest.approx(stats.mcnemar(d))

@@ -1,4 +1,5 @@
 """Two processes learn what one does: the loop under `accelerate launch`, on the CPU with gloo."""
+import json
 import os
 import subprocess
 import sys
@@ -47,21 +48,23 @@ SCRIPT = """
 import sys; sys.path.insert(0, {tests!r})
 import torch; torch.set_num_threads(1)
 from accelerate import PartialState
+from accelerate.utils import DistributedType
+{before}
 from safetensors.torch import save_file
 from test_train_processes import fit
 log, weights = fit(**{how!r})
 assert PartialState().num_processes == 2
-save_file(weights, {folder!r} + f"/rank{{PartialState().process_index}}.safetensors")
+save_file({{n: w.contiguous() for n, w in weights.items()}}, {folder!r} + f"/rank{{PartialState().process_index}}.safetensors")
 if PartialState().is_main_process: log.to_parquet({folder!r} + "/log.parquet")
 """
 
 
-def launched(folder, *more, **how):
+def launched(folder, *more, before="", env={"ACCELERATE_USE_CPU": "true"}, **how):
     "The same on two processes."
     script = folder / "script.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), how=how, folder=str(folder)))
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), how=how, folder=str(folder), before=before))
     command = [sys.executable, "-m", "accelerate.commands.launch", *(more or ["--multi_gpu"]), "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    return subprocess.run([*command, script], env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True, timeout=600)
+    return subprocess.run([*command, script], env=os.environ | {"OMP_NUM_THREADS": "1"} | env, capture_output=True, text=True, timeout=600)
 
 
 def learned(folder): return pd.read_parquet(folder / "log.parquet"), *(load_file(folder / f"rank{rank}.safetensors") for rank in range(2))
@@ -137,3 +140,21 @@ def test_a_model_in_pieces_learns_what_a_whole_one_does(tmp_path, loading):
     np.testing.assert_allclose(log.grad_norm, alone.grad_norm, rtol=1e-5)
     assert first.keys() == weights.keys() and not second
     for name in first: torch.testing.assert_close(first[name], weights[name], atol=2e-4 if name.endswith("k_proj.bias") else 1e-5, rtol=0)   # attention does not depend on a bias of the keys: its gradient is rounding, and AdamW makes steps of that
+
+
+@pytest.mark.parametrize("stage, close", [("2", 1e-5), ("3", 5e-4)])
+def test_deepspeed_learns_what_one_process_does(tmp_path, stage, close):
+    "Our clipping, which bites here, and our accumulation; killed and resumed; at the end the main process has the whole model."
+    pytest.importorskip("deepspeed")
+    on_cpus = 'PartialState._prepare_backend = lambda self, *a, **k: ("gloo", DistributedType.MULTI_CPU)   # accelerate offers DeepSpeed to other devices only'
+    config = tmp_path / "deepspeed.json"
+    config.write_text(json.dumps({"zero_optimization": {"stage": int(stage), "stage3_param_persistence_threshold": 0}, "zero_allow_untested_optimizer": True}))   # 0: or a model as small as this one stays whole
+    go = lambda **how: launched(tmp_path, "--use_deepspeed", "--deepspeed_config_file", str(config), before=on_cpus, env={"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2"},
+                                accumulation=2, optimizer="adamw", clip=15, state=str(tmp_path / "state"), **how)
+    assert go(stop=3).returncode != 0 and [p.name for p in (tmp_path / "state").glob("step-*")] == ["step-00000002"]
+    ended = go()
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    (log, first, _), (alone, weights) = learned(tmp_path), fit(4, optimizer="adamw", clip=15)
+    np.testing.assert_allclose(log.loss, alone.loss, atol=close)
+    assert first.keys() == weights.keys()
+    for name in first: torch.testing.assert_close(first[name], weights[name], atol=close if not name.endswith("k_proj.bias") else 1e-2, rtol=0)

@@ -74,12 +74,12 @@ class PopeSource(Benchmark):
         path: str = None,       # folder of the three files, one of them, or a folder of parquet as on the hub
         hub: str = None,        # or "lmms-lab/POPE"
         revision: str = None,   # of it
-        images: str | list = None,  # COCO val2014: a folder or archive; the folder of the files if not given
+        images: str | list | bool = None,  # COCO val2014: a folder or archive; the folder of the files if not given; False: none, the questions cannot be asked
         prompt: str = None,     # said after each question
     ):
         super().__init__(name, path, hub, revision, prompt)
         if self.path: self.files = _pope_files(self.path)
-        self.roots = open_roots(images or (self.path if self.path.is_dir() else self.path.parent)) if self.path else []
+        self.roots = open_roots(images or (self.path if self.path.is_dir() else self.path.parent)) if self.path and images is not False else []
 
     @cached_property
     def table(self):  # rows with the pictures inside, or None where they are JSON lines
@@ -102,12 +102,14 @@ class PopeSource(Benchmark):
         split = row.get("category") if self.table else where
         text, label = (row.get(a, row.get(b)) for a, b in (("text", "question"), ("label", "answer")))
         if split not in self.splits or label not in ("yes", "no"): raise BadSample(f"neither yes nor no in one of the splits: {split!r:.40}, {label!r:.40}")
-        images = cell_images(self.table, where, row, ["image"], []) if self.table else [find_image(row.get("image"), self.roots)]
+        images = cell_images(self.table, where, row, ["image"], []) if self.table else [find_image(row.get("image"), self.roots) if self.roots else ImageRef(load=_not_given, where=str(row.get("image")))]
         if not images: raise BadSample("no picture in the row")
         about = row.get("image_source") or row.get("image") if self.table else row["image"]
         return [self.question(record.key, images, text_of(text, "question"), label, question_id=record.key.partition("-")[2], task=split, group=str(about)[:200])]
 
 # %% ../../nbs/02h_sources_benchmarks.ipynb #574472ef
+def _not_given(): raise BadSample("POPE was opened without its pictures (images=False): its questions can be judged, not asked")
+
 def _pope_files(path: Path) -> tuple[Path, ...]:
     "The files of POPE in a folder, in the order of the splits. Raises ValueError when there are none, or several of a split."
     files = [path] if path.is_file() else [f for f in sorted(path.iterdir()) if f.suffix in (".json", ".jsonl") and "pope" in f.stem]
