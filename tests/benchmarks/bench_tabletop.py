@@ -1,12 +1,11 @@
-"""Episodes per second on the tabletop, five ways with one policy, in one run:  python tests/benchmarks/bench_tabletop.py [file.json]
+"""Episodes per second on the tabletop, four ways with one policy, in one run:  python tests/benchmarks/bench_tabletop.py [file.json]
 
 The policy is the tiny backbone with a fresh head of the micro profile's size, chunks of four: its episodes mostly run to the end of their steps. One thread each. `together`: all episodes stepped together, one batched forward
-pass (`run_episodes`). `side by side`: the same in as many processes as there are cores, each with all episodes, as the stage `benchmarks` plays its checkpoints (the processes are there before the clock starts). `loop`: one environment as simulators are, whose every step gives a picture, and one forward pass a chunk. `one by one`: `run_episodes` on one episode after the other, which draws only the pictures that the
+pass (`run_episodes`). `loop`: one environment as simulators are, whose every step gives a picture, and one forward pass a chunk. `one by one`: `run_episodes` on one episode after the other, which draws only the pictures that the
 policy asks for. `vla-eval`: served over a socket, played by vla-eval in a process of its own, recorded, without videos (its start, some seconds, counts). Only the episodes of `loop` and `vla-eval` are made while the clock runs.
-Seconds are medians over the rounds: by the clock, and of the processor (with those of processes started), which other work on the machine changes less. `times_loop` is by the clock. `forward`: the share of the
-processor's seconds in the model's own forward pass, which no way of playing can save (of a process of its own it is not known). Every way has to end every episode alike, or the figures are not written."""
+Seconds are medians over the rounds: by the clock, and of the processor (with those of processes started), which other work on the machine changes less. `times_loop` is by the processor's. `forward`: the share of the
+processor's seconds in the model's own forward pass, which no way of playing can save. Every way has to end every episode alike, or the figures are not written."""
 import datetime
-import multiprocessing
 import os
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["EMT_QUIET"] = "1"
@@ -26,7 +25,7 @@ from embodied_midtrain.core import read_table, write_json
 from embodied_midtrain.evaluate import benchmark_of, evaluate
 from embodied_midtrain.policy import Policy, save_policy
 
-EPISODES, ALONE, HARNESS, ROUNDS, TASKS, CORES = 300, 40, 60, 5, ("reach", "put"), os.cpu_count()
+EPISODES, ALONE, HARNESS, ROUNDS, TASKS = 300, 40, 60, 5, ("reach", "put")
 
 
 def processor(): return sum(os.times()[:4])
@@ -50,22 +49,6 @@ class Forward:
 def together(policy, task):
     env = test_episodes(task, EPISODES)
     return timed(lambda: run_episodes(env, policy)[["success", "steps"]].values.tolist())
-
-
-def begin(policy):
-    "In a process of its own, which has the policy from its parent."
-    global inherited
-    inherited = policy
-    torch.set_num_threads(1)
-
-
-def mine(task): return together(inherited, task)
-
-
-def side_by_side(policy, task):
-    with multiprocessing.get_context("fork").Pool(CORES, begin, (policy,)) as pool: parts = pool.map(mine, [task] * CORES, chunksize=1)
-    assert all(part[0] == parts[0][0] for part in parts)
-    return parts[0][0], max(clock for _, clock, _ in parts), sum(cpu for *_, cpu in parts)
 
 
 def one_by_one(policy, task):
@@ -98,19 +81,18 @@ def through_vla_eval(policy, task, folder):
 
 
 def measure(policy, task, folder, forward):
-    ways = {"together": (EPISODES, lambda: together(policy, task)), "side by side": (EPISODES * CORES, lambda: side_by_side(policy, task)), "loop": (ALONE, lambda: loop(policy, task)), "one by one": (ALONE, lambda: one_by_one(policy, task)), "vla-eval": (HARNESS, lambda: through_vla_eval(policy, task, folder))}
+    ways = {"together": (EPISODES, lambda: together(policy, task)), "loop": (ALONE, lambda: loop(policy, task)), "one by one": (ALONE, lambda: one_by_one(policy, task)), "vla-eval": (HARNESS, lambda: through_vla_eval(policy, task, folder))}
     found, rows = {}, {name: [] for name in ways}
     for _ in range(ROUNDS):
         for name, (count, way) in ways.items():
             forward.seconds = 0.
             found[name], clock, cpu = way()
             rows[name].append((clock / count, cpu / count, forward.seconds / count))
-    assert found["side by side"] == found["together"]
     for name in "loop", "one by one": assert found[name] == found["together"][:ALONE], f"an episode ends otherwise in {name} than in company"
     assert found["vla-eval"] == run_episodes(test_episodes(task, HARNESS), policy)[["success", "steps"]].values.tolist(), "an episode ends otherwise in the harness"
     median = {name: [statistics.median(part) for part in zip(*rows[name])] for name in ways}
     return [dict(task=task, way=name, episodes=ways[name][0], episodes_per_second=1 / clock, episodes_per_processor_second=1 / cpu, forward=inside / cpu, steps=float(np.mean([steps for _, steps in found[name]])),
-                 times_loop=median["loop"][0] / clock) for name, (clock, cpu, inside) in median.items()]
+                 times_loop=median["loop"][1] / cpu) for name, (clock, cpu, inside) in median.items()]
 
 
 def main(file=None):
