@@ -143,7 +143,7 @@ def tree(spec):
     root, digest = os.path.dirname(os.path.realpath(spec.origin)), hashlib.sha256()
     for folder, folders, names in os.walk(root, followlinks=True):
         folders[:] = sorted(name for name in folders if name != "__pycache__" and name[0] != ".")
-        for path in (os.path.join(folder, name) for name in sorted(names) if not name.endswith(".pyc")):
+        for path in (os.path.join(folder, name) for name in sorted(names) if not name.endswith(".pyc") and os.path.exists(os.path.join(folder, name))):
             text = path.endswith((".py", ".xml", ".urdf", ".yaml", ".json", ".bddl"))
             digest.update(repr((os.path.relpath(path, root), open(path, "rb").read() if text else os.path.getsize(path))).encode())
     return digest.hexdigest()[:16]
@@ -170,7 +170,7 @@ def ask(
         with _lent(python) as env: answer = subprocess.run([python, *words], capture_output=True, text=True, env=env, timeout=_PATIENCE, cwd=os.sep)   # not in a folder whose files could pass for packages
     except OSError as error: raise ValueError(f"--python {given}: {error.strerror}: the path of an interpreter is wanted, such as simulator/bin/python") from None
     except subprocess.TimeoutExpired: raise ValueError(f"{f'--python {given}' if given else python} did not answer within {_PATIENCE} seconds: is it a Python, and does {python} -c 'import vla_eval' come to an end?") from None
-    if answer.returncode: raise ValueError(f"--python {given} is no Python that works: {answer.stderr.strip()[-300:]}")
+    if answer.returncode: raise ValueError(f"{f'--python {given}' if given else python} is no Python that works: {answer.stderr.strip()[-300:]}")
     return answer.stdout
 
 def probe(
@@ -383,7 +383,7 @@ def _named(recording: Path) -> set:
 
 def _setting(benchmark: Benchmark, executed: int, label: str, docker: str) -> str:
     "What was asked for, in words: results of other settings are other results."
-    params = {k: v for entry in benchmark.entries for k, v in entry.get("params", {}).items() if k not in ("task_name", "max_episode_steps")}
+    params = {k: v for entry in benchmark.entries for k, v in entry.get("params", {}).items() if k != "task_name"}
     return readable({"execute": executed, **params, **({"label": label} if label else {}), **({"image": docker} if docker else {})})
 
 def _load_policy(folder):

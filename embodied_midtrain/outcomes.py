@@ -120,15 +120,20 @@ def finals(episodes: pd.DataFrame) -> pd.DataFrame:
 def differences(episodes: pd.DataFrame,  # of one benchmark; every arm at one step
                 level: float = 0.95,     # confidence level
                 ) -> pd.DataFrame:       # arm, minus, difference, low, high, boot_low, boot_high, covers, pairs, won, lost, mcnemar_p, needed
-    "All paired differences of the arms that were played."
-    rows = []
+    "All paired differences of the arms that were played; `attrs['refused']` says which pairs cannot be compared, and why."
+    rows, refused = [], []
     for a, b in comparisons(list(dict.fromkeys(episodes["arm"]))):
-        d = paired(episodes, a, b)
+        try: d = paired(episodes, a, b)
+        except ValueError as error:
+            refused.append(str(error))
+            continue
         flat, (low, high), (boot_low, boot_high) = np.concatenate([task.ravel() for task in d]), interval(d, level), bootstrap(d, level=level)
         covers = ["seeds"] * (len(d[0]) > 1) + ["tasks" if len(d) > 1 else "episodes"]
         rows.append(dict(arm=a, minus=b, difference=float(np.mean([task.mean() for task in d])), low=low, high=high, boot_low=boot_low, boot_high=boot_high, covers=" and ".join(covers), pairs=flat.size,
                          won=int((flat > 0).sum()), lost=int((flat < 0).sum()), mcnemar_p=mcnemar(flat), needed=pairs_needed(flat)))
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    table.attrs["refused"] = refused
+    return table
 
 # %% ../nbs/12a_outcomes.ipynb #77fce487
 PAPER_CELLS = {   # benchmark -> (table of the paper, our name -> its column, in percent or not)
@@ -196,10 +201,9 @@ def outcome_text(benchmark: str,           # of `emt evaluate`
     seeds = "one seed: the intervals of success cover the episodes alone" if many == 1 else f"{many} seeds, pooled in the intervals of success, which are somewhat too narrow for it"
     parts = [f"## {title or benchmark}, fine-tuning step {', '.join(map(str, steps))}", f"Intervals are 95 %, over {int(table['episodes'].max())} episodes an arm; {seeds}{paper}.", markdown(beside_paper(benchmark, table))]
     if episodes["step"].nunique() > len(steps): parts += ["Along fine-tuning:", markdown(along(reached(episodes), length))]
-    try: found = differences(ends)
-    except ValueError as error: return "\n\n".join([*parts, f"No differences: {error}."])
+    found = differences(ends)
     if len(found): parts += ["Differences on the same seeds and initial states, over all tasks; McNemar's p speaks of these policies only:", markdown(readable_differences(found, length))]
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *(f"No differences: {why}." for why in found.attrs["refused"])])
 
 # %% ../nbs/12a_outcomes.ipynb #b466b769
 ALIKE = ["benchmark", "setting", "versions", "benchmark_hash", "trained"]   # what has to be the same of episodes that are compared
@@ -208,7 +212,8 @@ def apart(episodes: pd.DataFrame,  # of any policies on any benchmarks
           ) -> dict:               # title -> episodes that may be compared
     "Episodes by benchmark, and by whatever else they differ in: how it was asked for, the simulator's versions, what the policies were fine-tuned for."
     there = [column for column in ALIKE if column in episodes]
-    groups = {key: part for key, part in episodes.groupby(there, sort=False, dropna=False)}
+    episodes = episodes.fillna(dict.fromkeys(there, ""))
+    groups = {key: part.dropna(axis=1, how="all") for key, part in episodes.groupby(there, sort=False)}   # without other benchmarks' metrics
     several = [i for i, column in enumerate(there) if column == "benchmark" or episodes[column].nunique() > 1]
     return {", ".join(f"{dict(trained='policies for').get(there[i], '')} {key[i]}".strip() for i in several): _once(part) for key, part in groups.items()}
 

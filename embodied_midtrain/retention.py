@@ -148,7 +148,7 @@ def write_answers(
     for i, part in enumerate(parts):
         asked = questions[i * part_size:(i + 1) * part_size]
         if not part.exists() and not path.exists():
-            good = decoded(asked, aside := SetAside())
+            good = decoded(asked, aside := SetAside(), backbone)
             said = {q.id: dict(id=q.id, answer=text) | ({"cut": True} if cut else {}) for q, text, cut in zip(good, *answer_questions(backbone, good, **how))}
             said |= {record: dict(id=record, answer=None, reason=reason) for _, record, reason in aside.rows}
             _write_lines([said[q.id] for q in asked], part)

@@ -103,3 +103,17 @@ def test_a_run_is_read_with_the_larger_of_two_evaluations(tmp_path):
     said = CliRunner().invoke(app, ["outcomes", str(tmp_path)]).output
     assert "## simpler_bridge" in said and "proximity - base" in said and "paper: + proximity selection" in said
     with pytest.raises(FileNotFoundError, match="emt evaluate"): outcomes.evaluations(tmp_path / "elsewhere")
+
+
+def test_other_benchmarks_of_a_run_change_nothing():
+    "CALVIN's lengths are no columns of the others, and rows that lack what others have are not lost."
+    one, other = played().assign(setting="execute 4"), chains()
+    groups = outcomes.apart(pd.concat([one, other], ignore_index=True).assign(evaluation="e"))
+    assert sorted(map(len, groups.values())) == sorted(map(len, (one, other)))
+    told = [outcomes.outcome_text(part["benchmark"].iloc[0], part) for part in groups.values()]
+    assert "| mean of tasks" in told[0] and "in a row" not in told[0] and "| average length" in told[1] and not any("No differences" in text for text in told)
+
+
+def test_one_arm_that_cannot_be_paired_leaves_the_others():
+    table = outcomes.differences(played().query("arm != 'proximity' or episode < 3"))
+    assert table[["arm", "minus"]].values.tolist() == [["random", "base"]] and len(table.attrs["refused"]) == 2
