@@ -126,7 +126,8 @@ def _libero_assets(benchmark, python):
     file = next((folder / "config.yaml" for folder in folders if (folder / "config.yaml").exists()), None)
     mend = f"tests/simulators/libero.sh {_prefix(python)} LIBERO/libero/libero/assets"
     if not file: return "no config.yaml, without which its first import waits for an answer at the keyboard", f"{mend}, or LIBERO_CONFIG_PATH=FOLDER of one"
-    assets = Path(yaml.safe_load(file.read_text())["assets"])
+    try: assets = Path(yaml.safe_load(file.read_text())["assets"])
+    except (yaml.YAMLError, KeyError, TypeError): return f"{file} does not say where the assets are", mend
     if not (assets / "stable_scanned_objects").is_dir(): return f"{file} names {assets}, which holds no assets", mend
 
 def _metaworld_assets(benchmark, python):

@@ -140,9 +140,11 @@ def version(name):
     except importlib.metadata.PackageNotFoundError: return None
 def tree(spec):
     "All files below a package: texts by what they hold, others by their size."
-    root, digest = os.path.dirname(os.path.realpath(spec.origin)), hashlib.sha256()
+    root, digest, seen = os.path.dirname(os.path.realpath(spec.origin)), hashlib.sha256(), set()
     for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = sorted(name for name in folders if name != "__pycache__" and name[0] != ".")
+        real = os.path.realpath(folder)   # a link to a folder above would go on forever
+        folders[:] = sorted(name for name in folders if name != "__pycache__" and name[0] != ".") if real not in seen else []
+        seen.add(real)
         for path in (os.path.join(folder, name) for name in sorted(names) if not name.endswith(".pyc") and os.path.exists(os.path.join(folder, name))):
             text = path.endswith((".py", ".xml", ".urdf", ".yaml", ".json", ".bddl"))
             digest.update(repr((os.path.relpath(path, root), open(path, "rb").read() if text else os.path.getsize(path))).encode())
@@ -381,10 +383,10 @@ def _named(recording: Path) -> set:
         found = db.execute("SELECT task_name, json_extract(context, '$.suite') FROM episode_results").fetchall()
     return {name for row in found for name in row if name}
 
-def _setting(benchmark: Benchmark, executed: int, label: str, docker: str) -> str:
+def _setting(benchmark: Benchmark, executed: int, label: str, docker: str, render: str) -> str:
     "What was asked for, in words: results of other settings are other results."
     params = {k: v for entry in benchmark.entries for k, v in entry.get("params", {}).items() if k != "task_name"}
-    return readable({"execute": executed, **params, **({"label": label} if label else {}), **({"image": docker} if docker else {})})
+    return readable({"execute": executed, **params, **({"label": label} if label else {}), **({"image": docker} if docker else {}), **({"render": render} if render != "cpu" else {})})
 
 def _load_policy(folder):
     from embodied_midtrain.policy import load_policy   # seconds, for those who need it
@@ -436,7 +438,7 @@ def evaluate(
         for entry in benchmark.entries: _know(entry.get("tasks", ()), _named(recording))   # the simulator leaves out what it does not know
         table = keep_videos(episodes_of(recording, starts.read()), stage.path, videos)
         executed = predictor.executed(execute)
-        how = dict(policy=Path(policy).as_posix(), label=label, execute=executed, setting=_setting(benchmark, executed, label, docker))
+        how = dict(policy=Path(policy).as_posix(), label=label, execute=executed, setting=_setting(benchmark, executed, label, docker, render))
         write_table(_complete(table, benchmark.name, facts | how, stage.inputs, there), stage.file("episodes.parquet"))
         stage.count(episodes=len(table), successes=int(table["success"].sum()), versions=there.get("versions", {}))
     return stage
@@ -470,9 +472,9 @@ def _names(players: list) -> list:
 def same_starts(
     table: pd.DataFrame,    # episodes of several policies
 ) -> bool:
-    "Whether every episode began for all policies with the same picture and instruction: never where that is not known."
-    starts = table.groupby(["entry", "task", "episode"])["start"]
-    return bool(table["start"].notna().all() and (starts.nunique() == 1).all() and starts.size().nunique() == 1)
+    "Whether all policies played the same episodes and each began for all with the same picture and instruction: never where that is not known."
+    starts, policies = table.groupby(["entry", "task", "episode"])["start"], table.drop_duplicates([c for c in WHO if c in table])
+    return bool(table["start"].notna().all() and (starts.nunique() == 1).all() and (starts.size() == len(policies)).all())
 
 # %% ../nbs/11d_evaluate.ipynb #5bc303f6
 def told(

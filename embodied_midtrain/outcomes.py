@@ -73,11 +73,11 @@ def paired(episodes: pd.DataFrame,   # of one benchmark and fine-tuning step
     found, grids = found[found["seed"].isin(common)], []
     if not len(found): raise ValueError(f"arms {a!r} and {b!r} have no seed in common")
     if found.duplicated(["arm", "seed", "place"]).any(): raise ValueError(f"several policies are called {a!r} or {b!r} with one seed: they cannot be told apart")
-    if not same_starts(found.assign(policy_hash=found["arm"] + found["seed"].astype(str))): raise ValueError(f"arms {a!r} and {b!r} did not meet the same initial states, as far as is known: they cannot be paired")
     for _, task in found.groupby("part", sort=False):
         x, y = (task[task["arm"] == arm].pivot(index="seed", columns="place", values="score") for arm in (a, b))
         if not x.columns.equals(y.columns) or x.isna().any(axis=None) or y.isna().any(axis=None): raise ValueError(f"arms {a!r} and {b!r} did not play the same episodes: they cannot be paired")
         grids.append(x.to_numpy() - y.loc[x.index].to_numpy())
+    if not same_starts(found): raise ValueError(f"arms {a!r} and {b!r} did not meet the same initial states, as far as is known: they cannot be paired")
     return grids
 
 # %% ../nbs/12a_outcomes.ipynb #921e9bd7
@@ -114,8 +114,11 @@ def comparisons(arms: list,  # names
     return [pair for pair in COMPARISONS if set(pair) <= set(arms)] + others
 
 def finals(episodes: pd.DataFrame) -> pd.DataFrame:
-    "The episodes of every arm's last fine-tuning step."
-    return episodes[episodes["step"] == episodes.groupby("arm")["step"].transform("max")]
+    "The episodes of the last fine-tuning step that every arm and seed was played at; where there is none, of each one's own last. Policies without a step (0) keep theirs."
+    own = episodes.groupby(["arm", "seed"])["step"].transform("max")
+    steps = episodes[own > 0].groupby(["arm", "seed"])["step"].agg(set)
+    common = set.intersection(*steps) if len(steps) else set()
+    return episodes[episodes["step"] == (own.clip(upper=max(common)) if common else own)]
 
 def differences(episodes: pd.DataFrame,  # of one benchmark; every arm at one step
                 level: float = 0.95,     # confidence level
@@ -200,6 +203,7 @@ def outcome_text(benchmark: str,           # of `emt evaluate`
     many = int(table["seeds"].max())
     seeds = "one seed: the intervals of success cover the episodes alone" if many == 1 else f"{many} seeds, pooled in the intervals of success, which are somewhat too narrow for it"
     parts = [f"## {title or benchmark}, fine-tuning step {', '.join(map(str, steps))}", f"Intervals are 95 %, over {int(table['episodes'].max())} episodes an arm; {seeds}{paper}.", markdown(beside_paper(benchmark, table))]
+    if len({step for step in steps if step}) > 1: parts.append(f"The arms have no step in common: {', '.join(f'{arm} stands at {s}' for arm, s in ends.groupby('arm', sort=False)['step'].unique().map(lambda own: ' and '.join(map(str, own))).items())}.")
     if episodes["step"].nunique() > len(steps): parts += ["Along fine-tuning:", markdown(along(reached(episodes), length))]
     found = differences(ends)
     if len(found): parts += ["Differences on the same seeds and initial states, over all tasks; McNemar's p speaks of these policies only:", markdown(readable_differences(found, length))]
@@ -212,10 +216,10 @@ def apart(episodes: pd.DataFrame,  # of any policies on any benchmarks
           ) -> dict:               # title -> episodes that may be compared
     "Episodes by benchmark, and by whatever else they differ in: how it was asked for, the simulator's versions, what the policies were fine-tuned for."
     there = [column for column in ALIKE if column in episodes]
-    episodes = episodes.fillna(dict.fromkeys(there, ""))
+    episodes = episodes.fillna(dict.fromkeys(there, "")).reset_index(drop=True)
     groups = {key: part.dropna(axis=1, how="all") for key, part in episodes.groupby(there, sort=False)}   # without other benchmarks' metrics
     several = [i for i, column in enumerate(there) if column == "benchmark" or episodes[column].nunique() > 1]
-    return {", ".join(f"{dict(trained='policies for').get(there[i], '')} {key[i]}".strip() for i in several): _once(part) for key, part in groups.items()}
+    return {", ".join(f"{dict(trained='policies for').get(there[i], '')} {key[i]}".strip() for i in several): _told_apart(_once(part)) for key, part in groups.items()}
 
 def _once(episodes: pd.DataFrame) -> pd.DataFrame:
     "Of each policy and task the evaluation with the most episodes."
@@ -230,3 +234,11 @@ def evaluations(run: str | Path,  # run folder
     done = [path for path in sorted(Path(run).glob("evaluate/*/**/episodes.parquet")) if (path.parent / MANIFEST).exists()]
     if not done: raise FileNotFoundError(f"no evaluation is done in {run}: emt evaluate POLICY ... --benchmark NAME --run {run}")
     return apart(pd.concat([read_table(path).assign(evaluation=str(path.parent)) for path in done], ignore_index=True))
+
+def _told_apart(episodes: pd.DataFrame) -> pd.DataFrame:
+    "An arm whose policies of one seed and step lie in several folders is several arms, named by them."
+    if "policy" not in episodes: return episodes
+    placed = episodes.assign(place=[Path(policy).parents[bool(step)].as_posix() for policy, step in zip(episodes["policy"], episodes["step"])])
+    places = placed.groupby(["arm", "seed", "step"])["place"].nunique()
+    doubled = placed["arm"].isin(places[places > 1].index.unique("arm"))
+    return episodes.assign(arm=placed["arm"].where(~doubled, placed["arm"] + " of " + placed["place"]))

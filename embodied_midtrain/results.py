@@ -323,7 +323,7 @@ def retention_summary(run: str | Path,  # run folder
     if not (folder / "manifest.json").exists(): return "What the VLM keeps is not known: the stage `retention` was not run here. [Retention](11b_retention.ipynb) tells what it asks."
     metrics, differences, paper = (read_table(folder / f"{name}.parquet") for name in ("metrics", "differences", "beside_paper"))
     return "\n\n".join([markdown(readable_retention(metrics, differences, read_manifest(folder)["parameters"]["level"])),
-                        "The task *all* is the headline. The change is against the first checkpoint, on the same questions; p is of whole groups of questions. [Retention](11b_retention.ipynb) tells more.",
+                        "The task *all* is the headline. The change is against *base*, the VLM before mid-training, on the same questions; p is of whole groups of questions. [Retention](11b_retention.ipynb) tells more.",
                         "#### Beside the paper's table 7", "Another model, and prompts that the paper does not tell: compare the order of its two columns, not the figures.", markdown(paper)])
 
 # %% ../nbs/12_results.ipynb #059589ae

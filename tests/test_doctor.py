@@ -88,6 +88,9 @@ def test_assets_are_looked_for_where_the_scripts_put_them(tmp_path, monkeypatch)
     (tmp_path / "scene_D/.hydra").mkdir(parents=True)
     (tmp_path / "scene_D/.hydra/merged_config.yaml").touch()
     (tmp_path / "libero_config").mkdir()
+    for nothing in "", "datasets: here\n", "assets: [\n", "3":
+        (tmp_path / "libero_config/config.yaml").write_text(nothing)
+        assert "does not say where the assets are" in module.ASSETS["libero_10"](BENCHMARKS["libero_10"], python)[0]
     (tmp_path / "libero_config/config.yaml").write_text(f"assets: {tmp_path}/assets\n")
     assert module.ASSETS["calvin"](BENCHMARKS["calvin"], python) is None and "holds no assets" in module.ASSETS["libero_10"](BENCHMARKS["libero_10"], python)[0]
     (tmp_path / "assets/stable_scanned_objects").mkdir(parents=True)

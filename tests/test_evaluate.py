@@ -122,8 +122,9 @@ def test_actions_really_carried_out_stand_in_the_rows(policy, tmp_path):
 
 
 def test_initial_states_that_are_not_known_are_not_the_same():
-    table = pd.DataFrame(dict(entry="e", task="t", episode=[0, 1, 0, 1], start=["a", "b", "a", "b"]))
+    table = pd.DataFrame(dict(entry="e", task="t", episode=[0, 1, 0, 1], start=["a", "b", "a", "b"], arm=["base", "base", "mine", "mine"]))
     assert same_starts(table) and not same_starts(table.assign(start=None)) and not same_starts(table.assign(start=["a", None, "a", None])) and not same_starts(table[:3])
+    assert not same_starts(table.assign(episode=range(4)))   # no episode in common
 
 
 @pytest.mark.parametrize("name", ["tabletop", "metaworld"])
@@ -423,11 +424,12 @@ def test_another_simulator_is_another_folder_and_another_row(tmp_path, monkeypat
 
 
 def test_a_change_of_the_simulators_files_changes_its_hash(tmp_path):
-    "Of texts what they hold, of others their size; caches do not count."
+    "Of texts what they hold, of others their size; caches do not count, links to folders above do not lead round and round."
     from dataclasses import replace
     package = tmp_path / "toysim"
     (package / "assets").mkdir(parents=True)
     for name, text in {"__init__.py": "", "world.py": "steps = 12", "assets/cup.stl": "solid"}.items(): (package / name).write_text(text)
+    for name in "up", "again": (package / "assets" / name).symlink_to(package, target_is_directory=True)
     toy = replace(benchmark_of("tabletop", 2), hashed=("toysim",))
     sys.path.insert(0, str(tmp_path))
     try:

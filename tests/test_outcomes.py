@@ -50,7 +50,7 @@ def test_differences_pair_seeds_and_states_whatever_the_order():
 @pytest.mark.parametrize("broken, said", [
     (lambda t: t.assign(start=None), "initial states"),
     (lambda t: t.assign(start=t.start + t.arm), "initial states"),
-    (lambda t: t.drop(t.index[(t.arm == "base") & (t.episode == 2)]), "initial states"),
+    (lambda t: t.drop(t.index[(t.arm == "base") & (t.episode == 2)]), "same episodes"),
     (lambda t: t.assign(seed=t.seed + 5 * (t.arm == "base")), "no seed in common")])
 def test_what_cannot_be_paired_is_an_error_and_is_told(broken, said):
     with pytest.raises(ValueError, match=said): outcomes.paired(broken(played()), "proximity", "base")
@@ -117,3 +117,24 @@ def test_other_benchmarks_of_a_run_change_nothing():
 def test_one_arm_that_cannot_be_paired_leaves_the_others():
     table = outcomes.differences(played().query("arm != 'proximity' or episode < 3"))
     assert table[["arm", "minus"]].values.tolist() == [["random", "base"]] and len(table.attrs["refused"]) == 2
+
+
+def test_arms_are_compared_at_the_last_step_that_all_have():
+    both = pd.concat([played().assign(step=4), played()], ignore_index=True)
+    assert set(outcomes.finals(both).step) == {9}
+    for unfinished in "arm != 'base' or step == 4", "arm != 'base' or seed != 1 or step == 4":   # an arm, or one of its seeds
+        ends = outcomes.finals(both.query(unfinished))
+        assert set(ends.step) == {4} and len(ends) == len(played())
+    mine = played(arms=["mine"], seeds=[0]).assign(step=0)
+    assert set(outcomes.finals(pd.concat([both, mine])).groupby("arm").step.unique().map(list).map(tuple).items()) == {("mine", (0,))} | {(arm, (9,)) for arm in ("base", "random", "proximity")}
+    never = outcomes.outcome_text("simpler_bridge", both.query("(arm == 'base') == (step == 9)"))
+    assert all(said in never for said in ("no step in common", "base stands at 9", "random stands at 4", "proximity stands at 4"))
+
+
+def test_policies_of_one_name_from_two_runs_are_two_arms():
+    runs = pd.concat([played(arms=["base"]).assign(policy=lambda t: f"{run}/policy/bridge/base-" + t.seed.astype(str) + "/step-9", policy_hash=lambda t: run + t.seed.astype(str), evaluation=run) for run in "AB"])
+    part = outcomes.apart(runs)["simpler_bridge"]
+    assert set(part.arm) == {"base of A/policy/bridge", "base of B/policy/bridge"}
+    assert outcomes.differences(part).pairs.tolist() == [48]
+    seeds = runs[(runs.seed == 0) == (runs.evaluation == "A")]   # one seed in each run: still one arm
+    assert set(outcomes.apart(seeds)["simpler_bridge"].arm) == {"base"}
