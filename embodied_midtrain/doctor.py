@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['APT', 'BROWSERS', 'EXTRAS', 'ASSETS', 'Finding', 'look_at_core', 'look_at_machine', 'look_at_extras',
-           'look_at_benchmarks', 'look_at_data', 'path_there', 'doctor', 'findings_table']
+           'missing_assets', 'look_at_benchmarks', 'look_at_data', 'path_there', 'doctor', 'findings_table']
 
 # %% ../nbs/11e_doctor.ipynb #4cf8bc97
 import ctypes.util, importlib.metadata, importlib.util, json, os, platform, re, shutil, sys
@@ -102,6 +102,51 @@ def look_at_extras() -> list:   # of Finding
     return [Finding("extras", extra, "missing" if lacks else "ok", f"lacks {', '.join(lacks)}" if lacks else "installed", f'pip install "embodied-midtrain[{extra}]"' if lacks else "") for extra, lacks in missing.items()]
 
 # %% ../nbs/11e_doctor.ipynb #562f3ee4
+def _calvin_assets(benchmark, python, asked=False):
+    made = _prefix(python) / "scene_D"   # by tests/simulators/calvin.sh
+    folders = [Path(benchmark.entries[0]["params"].get("dataset_path", "/data/calvin/dataset/validation")), made]
+    there = [(folder / ".hydra/merged_config.yaml").exists() for folder in folders]
+    if there == [False, True] and asked: return f"no .hydra/merged_config.yaml in {folders[0]}", f"emt evaluate ... --param dataset_path={made}"
+    if not any(there): return f"no .hydra/merged_config.yaml in {' or '.join(map(str, folders))}", f"tests/simulators/calvin.sh {_prefix(python)} CALVIN CALVIN_ENV, or emt evaluate ... --param dataset_path=FOLDER of the data set"
+
+def _libero_assets(benchmark, python, asked=False):
+    import yaml
+    folders = [Path(p) for p in (os.environ.get("LIBERO_CONFIG_PATH"), _prefix(python) / "libero_config", Path.home() / ".libero") if p]
+    file = next((folder / "config.yaml" for folder in folders if (folder / "config.yaml").exists()), None)
+    mend = f"tests/simulators/libero.sh {_prefix(python)} LIBERO/libero/libero/assets"
+    if not file: return "no config.yaml, without which its first import waits for an answer at the keyboard", f"{mend}, or LIBERO_CONFIG_PATH=FOLDER of one"
+    try: assets = Path(yaml.safe_load(file.read_text())["assets"])
+    except (yaml.YAMLError, KeyError, TypeError): return f"{file} does not say where the assets are", mend
+    if not (assets / "stable_scanned_objects").is_dir(): return f"{file} names {assets}, which holds no assets", mend
+    if not ctypes.util.find_library("OSMesa"): return "no OSMesa, with which it draws", f"{APT} libosmesa6, or --render gpu"
+
+def _metaworld_assets(benchmark, python, asked=False):
+    try: _metaworld().choose_gl(dict(os.environ))
+    except OSError: return "nothing here can draw", f"{APT} libegl1 libgl1-mesa-dri"
+
+def _prefix(python): return Path(interpreter(python)).parent.parent   # of an environment
+
+def _simpler_assets(benchmark, python, asked=False):
+    "Its Python tries to draw: no list of versions knows which Vulkan can."
+    mends = {"assets": "tests/simulators/simpler.sh ENVIRONMENT REAL2SIM WIDOWX (or, where there is a hub, python -m mani_skill.utils.download_asset -y bridge_v2_real2sim, and the same for widowx250s)",
+             "vulkan": f"{_mesa()} (24.3 or newer), or SIMPLER_LAVAPIPE_ICD=FILE.json of another lavapipe, or --render gpu"}
+    try: found = json.loads(ask(python, "-m", "embodied_midtrain.benchmarks.simpler").splitlines()[-1])
+    except ValueError as error: found = {"vulkan": str(error)}
+    wrong = {what: words for what, words in found.items() if words}
+    if wrong: return "; ".join(f"{what}: {words}" for what, words in wrong.items()), "; ".join(mends[what] for what in wrong)
+
+def missing_assets(
+    benchmark,              # of evaluate.BENCHMARKS, or of `benchmark_of`
+    python: str = None,     # the interpreter that has the simulator
+    asked: bool = False,    # whether it is to be played as it stands: then what can be had by another parameter is missing too
+) -> tuple:                 # what is missing and the command that brings it, or None
+    "What a simulator needs beside its packages."
+    look = ASSETS.get(benchmark.name)
+    return look and look(benchmark, python, asked)
+
+ASSETS = {"metaworld": _metaworld_assets, "calvin": _calvin_assets, "libero_10": _libero_assets, "simpler_bridge_ms3": _simpler_assets}
+
+# %% ../nbs/11e_doctor.ipynb #7e27b984
 def look_at_benchmarks(
     python: str = None,     # the interpreter that has the simulators; ours by default
 ) -> list:                  # of Finding
@@ -111,41 +156,9 @@ def look_at_benchmarks(
         facts = probe(benchmark, python)
         versions = ", ".join(f"{k} {v}" for k, v in facts["versions"].items())
         if facts["missing"]: found.append(Finding("benchmarks", name, "missing", f"lacks {', '.join(facts['missing'])}", benchmark.install))
-        elif problem := ASSETS.get(name, lambda *_: None)(benchmark, python): found.append(Finding("benchmarks", name, "missing", *problem))
+        elif problem := missing_assets(benchmark, python): found.append(Finding("benchmarks", name, "missing", *problem))
         else: found.append(Finding("benchmarks", name, "ok", versions))
     return found
-
-def _calvin_assets(benchmark, python):
-    made = _prefix(python) / "scene_D"   # by tests/simulators/calvin.sh
-    folders = [Path(benchmark.entries[0]["params"].get("dataset_path", "/data/calvin/dataset/validation")), made]
-    if not any((folder / ".hydra/merged_config.yaml").exists() for folder in folders): return f"no .hydra/merged_config.yaml in {' or '.join(map(str, folders))}", f"tests/simulators/calvin.sh {_prefix(python)} CALVIN CALVIN_ENV, or emt evaluate ... --param dataset_path=FOLDER of the data set"
-
-def _libero_assets(benchmark, python):
-    import yaml
-    folders = [Path(p) for p in (os.environ.get("LIBERO_CONFIG_PATH"), _prefix(python) / "libero_config", Path.home() / ".libero") if p]
-    file = next((folder / "config.yaml" for folder in folders if (folder / "config.yaml").exists()), None)
-    mend = f"tests/simulators/libero.sh {_prefix(python)} LIBERO/libero/libero/assets"
-    if not file: return "no config.yaml, without which its first import waits for an answer at the keyboard", f"{mend}, or LIBERO_CONFIG_PATH=FOLDER of one"
-    try: assets = Path(yaml.safe_load(file.read_text())["assets"])
-    except (yaml.YAMLError, KeyError, TypeError): return f"{file} does not say where the assets are", mend
-    if not (assets / "stable_scanned_objects").is_dir(): return f"{file} names {assets}, which holds no assets", mend
-
-def _metaworld_assets(benchmark, python):
-    try: _metaworld().choose_gl(dict(os.environ))
-    except OSError: return "nothing here can draw", f"{APT} libegl1 libgl1-mesa-dri"
-
-def _prefix(python): return Path(interpreter(python)).parent.parent   # of an environment
-
-def _simpler_assets(benchmark, python):
-    "Its Python tries to draw: no list of versions knows which Vulkan can."
-    mends = {"assets": "tests/simulators/simpler.sh ENVIRONMENT REAL2SIM WIDOWX (or, where there is a hub, python -m mani_skill.utils.download_asset -y bridge_v2_real2sim, and the same for widowx250s)",
-             "vulkan": f"{_mesa()} (24.3 or newer), or SIMPLER_LAVAPIPE_ICD=FILE.json of another lavapipe, or --render gpu"}
-    try: found = json.loads(ask(python, "-m", "embodied_midtrain.benchmarks.simpler").splitlines()[-1])
-    except ValueError as error: found = {"vulkan": str(error)}
-    wrong = {what: words for what, words in found.items() if words}
-    if wrong: return "; ".join(f"{what}: {words}" for what, words in wrong.items()), "; ".join(mends[what] for what in wrong)
-
-ASSETS = {"metaworld": _metaworld_assets, "calvin": _calvin_assets, "libero_10": _libero_assets, "simpler_bridge_ms3": _simpler_assets}
 
 # %% ../nbs/11e_doctor.ipynb #53143d67
 def look_at_data(

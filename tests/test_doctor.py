@@ -7,7 +7,7 @@ import pytest
 from embodied_midtrain import doctor as module
 from embodied_midtrain.cli import main
 from embodied_midtrain.doctor import EXTRAS, doctor, findings_table, look_at_benchmarks, look_at_core, look_at_data, look_at_extras, look_at_machine
-from embodied_midtrain.evaluate import BENCHMARKS
+from embodied_midtrain.evaluate import BENCHMARKS, benchmark_of
 from embodied_midtrain.pipeline import load_profile
 
 ROOT = Path(__file__).parent.parent
@@ -94,7 +94,20 @@ def test_assets_are_looked_for_where_the_scripts_put_them(tmp_path, monkeypatch)
     (tmp_path / "libero_config/config.yaml").write_text(f"assets: {tmp_path}/assets\n")
     assert module.ASSETS["calvin"](BENCHMARKS["calvin"], python) is None and "holds no assets" in module.ASSETS["libero_10"](BENCHMARKS["libero_10"], python)[0]
     (tmp_path / "assets/stable_scanned_objects").mkdir(parents=True)
+    monkeypatch.setattr(module.ctypes.util, "find_library", lambda name: None)
+    assert "libosmesa6" in module.ASSETS["libero_10"](BENCHMARKS["libero_10"], python)[1]
+    monkeypatch.setattr(module.ctypes.util, "find_library", lambda name: name)
     assert module.ASSETS["libero_10"](BENCHMARKS["libero_10"], python) is None
+
+
+def test_a_scene_beside_the_interpreter_has_to_be_named_when_it_is_played(tmp_path):
+    python = str(tmp_path / "bin" / "python")
+    (tmp_path / "scene_D/.hydra").mkdir(parents=True)
+    (tmp_path / "scene_D/.hydra/merged_config.yaml").touch()
+    assert module.missing_assets(BENCHMARKS["calvin"], python) is None and module.missing_assets(BENCHMARKS["tabletop"], python) is None
+    assert module.missing_assets(BENCHMARKS["calvin"], python, asked=True)[1] == f"emt evaluate ... --param dataset_path={tmp_path}/scene_D"
+    named = benchmark_of("calvin", 1, params=dict(dataset_path=str(tmp_path / "scene_D")))
+    assert module.missing_assets(named, python, asked=True) is None
 
 
 def test_metaworld_without_anything_that_draws_is_told(monkeypatch):
