@@ -7,23 +7,12 @@
 # CALVIN, CALVIN_ENV: checkouts of github.com/mees/calvin and github.com/mees/calvin_env (MIT; the second holds the 31 MB of shapes and textures)
 # POLICY: a policy folder, which then plays CHAINS chains of five tasks (1 by default) through `emt evaluate`
 # PYTHON: the interpreter to make the environment with; 3.11 was tried
-set -euo pipefail
-[ $# -ge 3 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2; }
-absolute() { mkdir -p "$(dirname "$1")"; (cd "$(dirname "$1")" && echo "$PWD/$(basename "$1")"); }
-here=$(cd "$(dirname "$0")" && pwd) env=$(absolute "$1") calvin=$(cd "$2" && pwd) calvin_env=$(cd "$3" && pwd)
-[ -d "$calvin/calvin_models/calvin_agent" ] || { echo "$calvin is no checkout of github.com/mees/calvin: it has no calvin_models/calvin_agent" >&2; exit 1; }
-[ -d "$calvin_env/data/calvin_table_D" ] || { echo "$calvin_env is no checkout of github.com/mees/calvin_env: it has no data/calvin_table_D" >&2; exit 1; }
-
-if [ ! -e "$env/ready" ]; then
-    "${PYTHON:-python3}" -m venv "$env"
-    "$env/bin/python" -m pip install -q --upgrade pip wheel "setuptools<81"
-    "$env/bin/python" -m pip install -q -r "$here/calvin.txt"
-    "$env/bin/python" -m pip install -q --no-deps torchvision   # only its transforms are used
-    site=$("$env/bin/python" -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")
-    cp "$here/calvin_site.py" "$site/sitecustomize.py"          # what CALVIN needs and cannot be installed today
-    touch "$env/ready"
-fi
-site=$("$env/bin/python" -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")
+source "$(dirname "$0")/environment.bash"
+[ $# -ge 3 ] || usage
+env=$(absolute "$1")
+calvin=$(checkout "$2" calvin_models/calvin_agent "is no checkout of github.com/mees/calvin")
+calvin_env=$(checkout "$3" data/calvin_table_D "is no checkout of github.com/mees/calvin_env")
+make_environment calvin torchvision   # of which only the transforms are used
 printf '%s\n%s\n' "$calvin/calvin_models" "$calvin_env" > "$site/calvin.pth"
 
 # the configuration of the scene, which otherwise comes with the data set
@@ -41,5 +30,4 @@ for name in set(config.cameras) - {"static", "gripper"}: del config.cameras[name
 OmegaConf.save(config, out / ".hydra" / "merged_config.yaml")
 PYTHON
 
-echo "ready: emt evaluate POLICY --benchmark calvin --python $env/bin/python --param dataset_path=$env/scene_D"
-[ $# -lt 4 ] || exec "${EMT:-emt}" evaluate "$4" --benchmark calvin --python "$env/bin/python" --episodes "${5:-1}" --workers 1 --param "dataset_path=$env/scene_D"
+play calvin "${4:-}" "${5:-1}" --param "dataset_path=$env/scene_D"

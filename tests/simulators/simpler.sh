@@ -11,22 +11,12 @@
 # TASKS: only these, separated by commas
 # SIMPLER_LAVAPIPE_ICD: the file (lvp_icd*.json) of another lavapipe than the system's
 # STAND_INS=1: a slab and plain colours for what REAL2SIM lacks (in ENVIRONMENT, the checkout stays as it is), to try the plumbing; success then says nothing
-set -euo pipefail
-[ $# -ge 3 ] || { sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 2; }
-absolute() { mkdir -p "$(dirname "$1")"; (cd "$(dirname "$1")" && echo "$PWD/$(basename "$1")"); }
-here=$(cd "$(dirname "$0")" && pwd) env=$(absolute "$1") real2sim=$(cd "$2" && pwd) widowx=$(cd "$3" && pwd)
-[ -d "$real2sim/data/custom/models" ] || { echo "$real2sim is no checkout of github.com/simpler-env/ManiSkill2_real2sim: it has no data/custom/models" >&2; exit 1; }
-[ -e "$widowx/wx250s.urdf" ] || { echo "$widowx is no checkout of github.com/haosulab/ManiSkill-WidowX250S: it has no wx250s.urdf" >&2; exit 1; }
-
-if [ ! -e "$env/ready" ]; then
-    "${PYTHON:-python3}" -m venv "$env"
-    "$env/bin/python" -m pip install -q --upgrade pip wheel "setuptools<81"
-    "$env/bin/python" -m pip install -q -r "$here/simpler.txt"
-    touch "$env/ready"
-fi
-site=$("$env/bin/python" -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")
-cp "$here/simpler_site.py" "$site/sitecustomize.py"
+source "$(dirname "$0")/environment.bash"
+[ $# -ge 3 ] || usage
+env=$(absolute "$1")
+real2sim=$(checkout "$2" data/custom/models "is no checkout of github.com/simpler-env/ManiSkill2_real2sim")
+widowx=$(checkout "$3" wx250s.urdf "is no checkout of github.com/haosulab/ManiSkill-WidowX250S")
+make_environment simpler
 "$env/bin/python" "$here/simpler_assets.py" "$env/assets" "$real2sim" "$widowx" ${STAND_INS:+--stand-ins}
 
-echo "ready: emt evaluate POLICY --benchmark simpler_bridge_ms3 --python $env/bin/python"
-[ $# -lt 4 ] || exec "${EMT:-emt}" evaluate "$4" --benchmark simpler_bridge_ms3 --python "$env/bin/python" --episodes "${5:-1}" --workers 1 ${TASKS:+--tasks "$TASKS"}
+play simpler_bridge_ms3 "${4:-}" "${5:-1}"
