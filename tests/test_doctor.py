@@ -1,5 +1,5 @@
 "The doctor: what it finds is what is there, and its exit code tells only of a package that cannot work."
-import importlib.util, json, re, sys, tomllib
+import importlib.util, json, re, subprocess, sys, tomllib
 from pathlib import Path
 
 import pytest
@@ -141,6 +141,20 @@ def test_debian_12_is_sent_to_its_backports(monkeypatch):
     def none(): raise OSError
     monkeypatch.setattr(module.platform, "freedesktop_os_release", none)
     assert module._mesa().endswith("libvulkan1 mesa-vulkan-drivers")
+
+
+def test_backports_that_apt_does_not_know_are_made_known_first(monkeypatch, tmp_path):
+    "The command is really run on a copy of Debian's file, as far as apt."
+    monkeypatch.setattr(module.platform, "freedesktop_os_release", lambda: {"VERSION_CODENAME": "bookworm"})
+    monkeypatch.setattr(module, "APT_SOURCES", tmp_path)
+    file = tmp_path / "sources.list.d/debian.sources"
+    file.parent.mkdir()
+    file.write_text("Types: deb\nSuites: bookworm bookworm-updates\n\nTypes: deb\nSuites: bookworm-security\n")
+    first = module._mesa().split(" && ")
+    assert first[1] == "apt-get update" and first[2].startswith("apt-get install")
+    subprocess.run(first[0], shell=True, check=True)
+    assert file.read_text() == "Types: deb\nSuites: bookworm bookworm-updates bookworm-backports\n\nTypes: deb\nSuites: bookworm-security\n"
+    assert module._mesa() == first[2]
 
 
 def test_data_of_a_profile_are_looked_for(tmp_path):
