@@ -212,7 +212,7 @@ def evaluate_policies(
     "Play a benchmark with policies, through vla-eval, and print success with Wilson intervals, and how arms differ."
     import pandas as pd
     from embodied_midtrain.core import read_table
-    from embodied_midtrain.doctor import missing_assets
+    from embodied_midtrain.doctor import look_at_assets
     from embodied_midtrain.evaluate import benchmark_of, evaluate, told
     from embodied_midtrain.outcomes import apart, outcome_text
     chosen = benchmark_of(benchmark, episodes, tasks.split(",") if tasks else None, dict(_parameter(text) for text in param or ()))
@@ -220,9 +220,9 @@ def evaluate_policies(
     each_once = {policy.resolve(): policy for policy in policies}.values()
     try: stages = [evaluate(policy, chosen, run, **how) for policy in each_once]
     except RuntimeError as error:
-        lacks = None if docker else missing_assets(chosen, python, asked=True)
-        cure = f"{lacks[0]}: {lacks[1]}" if lacks else "to go on from here: the same command; it plays what is missing"
-        raise typer.Exit(_complain(f"{error}\n{cure}", 1)) from error
+        lacks = None if docker else look_at_assets(chosen, python, asked=True, render=render)
+        cure = f"missing, {lacks[0]}: {lacks[1]}\n" if lacks else ""
+        raise typer.Exit(_complain(f"{error}\n{cure}to go on from here: the same command; it plays what is missing", 1)) from error
     typer.echo(told(stages))
     played = pd.concat([read_table(stage.file("episodes.parquet")).assign(evaluation=str(stage.path)) for stage in stages], ignore_index=True)
     for title, table in apart(played).items():

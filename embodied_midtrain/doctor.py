@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['APT', 'APT_SOURCES', 'BROWSERS', 'EXTRAS', 'ASSETS', 'Finding', 'look_at_core', 'look_at_machine', 'look_at_extras',
-           'missing_assets', 'look_at_benchmarks', 'look_at_data', 'path_there', 'doctor', 'findings_table']
+           'look_at_assets', 'look_at_benchmarks', 'look_at_data', 'path_there', 'doctor', 'findings_table']
 
 # %% ../nbs/11e_doctor.ipynb #4cf8bc97
 import ctypes.util, importlib.metadata, importlib.util, json, os, platform, re, shutil, sys
@@ -68,11 +68,12 @@ def look_at_machine(
     free, browser = shutil.disk_usage(folder).free / 1e9, next(filter(None, map(shutil.which, BROWSERS)), None)
     drivers = [path for place in ("/usr/share", "/etc", "/usr/local/share") for path in Path(place, "vulkan/icd.d").glob("*.json")]
     library, many = ctypes.util.find_library, _metaworld().egl_devices()
+    vulkan = library("vulkan") and drivers and f"{library('vulkan')}, {', '.join(sorted({path.stem.split('.')[0] for path in drivers}))}"
     return [_gpu(),
             Finding("machine", "disk", "ok" if free > 10 else "missing", f"{free:.0f} GB free", "" if free > 10 else "free some space: checkpoints and features take room"),
             _there("EGL", library("EGL") and many and f"{library('EGL')}, {many} device{'s' if many > 1 else ''}", f"{APT} libegl1 libgl1-mesa-dri"),
             _there("OSMesa", library("OSMesa"), f"{APT} libosmesa6"),
-            _there("Vulkan", library("vulkan") and drivers and f"{library('vulkan')}, {', '.join(sorted({path.stem.split('.')[0] for path in drivers}))}", _mesa()),
+            _there("Vulkan", vulkan, "" if vulkan else _mesa()),
             _there("browser", browser and Path(browser).name, f"{APT} chromium")]
 
 def _metaworld(): return import_module("embodied_midtrain.benchmarks.metaworld")   # which knows how to draw; its page comes after this one
@@ -83,8 +84,15 @@ def _mesa() -> str:
     except OSError: old = False
     if not old: return f"{APT} libvulkan1 mesa-vulkan-drivers"
     command = f"{APT} -t bookworm-backports libvulkan1 mesa-vulkan-drivers"
-    if any("bookworm-backports" in file.read_text(errors="replace") for file in APT_SOURCES.rglob("*") if file.suffix in (".list", ".sources") and file.is_file()): return command
+    if any(re.search("^[^#]*bookworm-backports", text, re.M) for text in _lists()): return command
+    if not (APT_SOURCES / "sources.list.d/debian.sources").exists(): return f"add bookworm-backports to the lists in {APT_SOURCES}, apt-get update, then {command}"
     return f"sed -i 's/ bookworm-updates$/& bookworm-backports/' {APT_SOURCES}/sources.list.d/debian.sources && apt-get update && {command}"
+
+def _lists():
+    "What apt's lists say, as far as one may read them."
+    for file in APT_SOURCES.rglob("*"):
+        try: yield file.read_text(errors="replace") if file.suffix in (".list", ".sources") else ""
+        except OSError: pass
 
 def _there(what: str, found, mend: str, part: str = "machine") -> Finding:
     return Finding(part, what, "ok" if found else "missing", str(found or "not found"), "" if found else mend)
@@ -106,14 +114,14 @@ def look_at_extras() -> list:   # of Finding
     return [Finding("extras", extra, "missing" if lacks else "ok", f"lacks {', '.join(lacks)}" if lacks else "installed", f'pip install "embodied-midtrain[{extra}]"' if lacks else "") for extra, lacks in missing.items()]
 
 # %% ../nbs/11e_doctor.ipynb #562f3ee4
-def _calvin_assets(benchmark, python, asked=False):
+def _calvin_assets(benchmark, python, asked=False, **_):
     made = _prefix(python) / "scene_D"   # by tests/simulators/calvin.sh
     folders = [Path(benchmark.entries[0]["params"].get("dataset_path", "/data/calvin/dataset/validation")), made]
     there = [(folder / ".hydra/merged_config.yaml").exists() for folder in folders]
     if there == [False, True] and asked: return f"no .hydra/merged_config.yaml in {folders[0]}", f"emt evaluate ... --param dataset_path={made}"
     if not any(there): return f"no .hydra/merged_config.yaml in {' or '.join(map(str, folders))}", f"tests/simulators/calvin.sh {_prefix(python)} CALVIN CALVIN_ENV, or emt evaluate ... --param dataset_path=FOLDER of the data set"
 
-def _libero_assets(benchmark, python, asked=False):
+def _libero_assets(benchmark, python, render="cpu", **_):
     import yaml
     folders = [Path(p) for p in (os.environ.get("LIBERO_CONFIG_PATH"), _prefix(python) / "libero_config", Path.home() / ".libero") if p]
     file = next((folder / "config.yaml" for folder in folders if (folder / "config.yaml").exists()), None)
@@ -122,31 +130,33 @@ def _libero_assets(benchmark, python, asked=False):
     try: assets = Path(yaml.safe_load(file.read_text())["assets"])
     except (yaml.YAMLError, KeyError, TypeError): return f"{file} does not say where the assets are", mend
     if not (assets / "stable_scanned_objects").is_dir(): return f"{file} names {assets}, which holds no assets", mend
-    if not ctypes.util.find_library("OSMesa"): return "no OSMesa, with which it draws", f"{APT} libosmesa6, or --render gpu"
+    if render == "cpu" and not ctypes.util.find_library("OSMesa"): return "no OSMesa, with which it draws", f"{APT} libosmesa6, or --render gpu"
 
-def _metaworld_assets(benchmark, python, asked=False):
+def _metaworld_assets(benchmark, python, **_):
     try: _metaworld().choose_gl(dict(os.environ))
     except OSError: return "nothing here can draw", f"{APT} libegl1 libgl1-mesa-dri"
 
 def _prefix(python): return Path(interpreter(python)).parent.parent   # of an environment
 
-def _simpler_assets(benchmark, python, asked=False):
+def _simpler_assets(benchmark, python, render="cpu", **_):
     "Its Python tries to draw: no list of versions knows which Vulkan can."
-    mends = {"assets": "tests/simulators/simpler.sh ENVIRONMENT REAL2SIM WIDOWX (or, where there is a hub, python -m mani_skill.utils.download_asset -y bridge_v2_real2sim, and the same for widowx250s)",
-             "vulkan": f"{_mesa()} (24.3 or newer), or SIMPLER_LAVAPIPE_ICD=FILE.json of another lavapipe, or --render gpu"}
     try: found = json.loads(ask(python, "-m", "embodied_midtrain.benchmarks.simpler").splitlines()[-1])
     except ValueError as error: found = {"vulkan": str(error)}
-    wrong = {what: words for what, words in found.items() if words}
-    if wrong: return "; ".join(f"{what}: {words}" for what, words in wrong.items()), "; ".join(mends[what] for what in wrong)
+    wrong = {what: words for what, words in found.items() if words and not (what == "vulkan" and render == "gpu")}   # it tries to draw on the CPU
+    if not wrong: return None
+    mends = {"assets": "tests/simulators/simpler.sh ENVIRONMENT REAL2SIM WIDOWX (or, where there is a hub, python -m mani_skill.utils.download_asset -y bridge_v2_real2sim, and the same for widowx250s)",
+             "vulkan": f"{_mesa()} (24.3 or newer), or SIMPLER_LAVAPIPE_ICD=FILE.json of another lavapipe, or --render gpu"}
+    return "; ".join(f"{what}: {words}" for what, words in wrong.items()), "; ".join(mends[what] for what in wrong)
 
-def missing_assets(
+def look_at_assets(
     benchmark,              # of evaluate.BENCHMARKS, or of `benchmark_of`
     python: str = None,     # the interpreter that has the simulator
     asked: bool = False,    # whether it is to be played as it stands: then what can be had by another parameter is missing too
+    render: str = "cpu",    # or gpu
 ) -> tuple:                 # what is missing and the command that brings it, or None
     "What a simulator needs beside its packages."
     look = ASSETS.get(benchmark.name)
-    return look and look(benchmark, python, asked)
+    return look and look(benchmark, python, asked=asked, render=render)
 
 ASSETS = {"metaworld": _metaworld_assets, "calvin": _calvin_assets, "libero_10": _libero_assets, "simpler_bridge_ms3": _simpler_assets}
 
@@ -160,7 +170,7 @@ def look_at_benchmarks(
         facts = probe(benchmark, python)
         versions = ", ".join(f"{k} {v}" for k, v in facts["versions"].items())
         if facts["missing"]: found.append(Finding("benchmarks", name, "missing", f"lacks {', '.join(facts['missing'])}", benchmark.install))
-        elif problem := missing_assets(benchmark, python): found.append(Finding("benchmarks", name, "missing", *problem))
+        elif problem := look_at_assets(benchmark, python): found.append(Finding("benchmarks", name, "missing", *problem))
         else: found.append(Finding("benchmarks", name, "ok", versions))
     return found
 

@@ -62,7 +62,9 @@ BRIDGE = {"widowx_spoon_on_towel": 60, "widowx_carrot_on_plate": 60, "widowx_sta
 def _metaworld_tasks(entry: dict) -> list:
     return ["metaworld", *import_module("embodied_midtrain.benchmarks.metaworld").tasks_of(*entry["params"].get("tasks", ["mt50"]))]
 
-def _metaworld_groups() -> dict: return import_module("embodied_midtrain.benchmarks.metaworld").GROUPS
+def _metaworld_groups() -> dict:
+    metaworld = import_module("embodied_midtrain.benchmarks.metaworld")
+    return {**metaworld.GROUPS, "mt50": metaworld.tasks_of("mt50")}
 
 def _bridge(benchmark: str, **more) -> tuple:
     "An entry a task, since their lengths differ."
@@ -385,7 +387,11 @@ def _named(recording: Path) -> set:
 
 def _setting(benchmark: Benchmark, executed: int, label: str, docker: str, render: str) -> str:
     "What was asked for, in words: results of other settings are other results."
-    params = {k: v for entry in benchmark.entries for k, v in entry.get("params", {}).items() if k != "task_name"}
+    params = [entry.get("params", {}) for entry in benchmark.entries]
+    protocol = {of.get("task_name"): of for of in (entry.get("params", {}) for entry in getattr(BENCHMARKS.get(benchmark.name), "entries", ()))}
+    own = {k for of in protocol.values() for k in of if len({str(other.get(k)) for other in protocol.values()}) > 1}   # every task has its own, such as its steps
+    changed = lambda k: any(of[k] != protocol.get(of.get("task_name"), {}).get(k) for of in params)
+    params = {k: v for of in params for k, v in of.items() if k not in own or changed(k)}
     return readable({"execute": executed, **params, **({"label": label} if label else {}), **({"image": docker} if docker else {}), **({"render": render} if render != "cpu" else {})})
 
 def _load_policy(folder):
@@ -422,11 +428,12 @@ def evaluate(
     if not any(Path(policy).glob("*.json")): raise FileNotFoundError(f"no policy in {policy}: a folder with policy.json is wanted, such as <run>/policy/<task>/<arm>-<seed>/step-<n>")
     for name, value, least in ("workers", workers, 1), ("batch", batch, 1), ("videos", videos, 0), ("execute", execute or 0, 0):
         if value < least: raise ValueError(f"{name} is {value}: {least} or more is wanted")
+    if volumes and not docker: raise ValueError(f"volumes {', '.join(volumes)} are what a container sees: they go with docker, and there is none")
     if docker and Path("/.dockerenv").exists(): raise ValueError("this is a container itself, from which vla-eval starts no other: leave --docker out and give --python of the environment that has the simulator")
     there = {} if docker else need_benchmark(benchmark, python)
     facts = policy_facts(policy)
     execute, render = benchmark.execute if execute is None else execute, render if benchmark.renders else "cpu"
-    asked = dict(benchmark=benchmark.name, entries=benchmark.entries, execute=execute, videos=videos, render=render, docker=docker, label=label)
+    asked = dict(benchmark=benchmark.name, entries=benchmark.entries, execute=execute, videos=videos, render=render, docker=docker, label=label) | ({"volumes": list(volumes)} if volumes else {})
     stage = _stage(run, policy, facts, asked, there)
     if stage.done: return stage
     with stage:

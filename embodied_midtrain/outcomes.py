@@ -77,7 +77,7 @@ def paired(episodes: pd.DataFrame,   # of one benchmark and fine-tuning step
         x, y = (task[task["arm"] == arm].pivot(index="seed", columns="place", values="score") for arm in (a, b))
         if not x.columns.equals(y.columns) or x.isna().any(axis=None) or y.isna().any(axis=None): raise ValueError(f"arms {a!r} and {b!r} did not play the same episodes: they cannot be paired")
         grids.append(x.to_numpy() - y.loc[x.index].to_numpy())
-    if not same_starts(found): raise ValueError(f"arms {a!r} and {b!r} did not meet the same initial states, as far as is known: they cannot be paired")
+    if not same_starts(found[["entry", "task", "episode", "start", "arm", "seed"]]): raise ValueError(f"arms {a!r} and {b!r} did not meet the same initial states, as far as is known: they cannot be paired")
     return grids
 
 # %% ../nbs/12a_outcomes.ipynb #921e9bd7
@@ -217,7 +217,7 @@ def apart(episodes: pd.DataFrame,  # of any policies on any benchmarks
     "Episodes by benchmark, and by whatever else they differ in: how it was asked for, the simulator's versions, what the policies were fine-tuned for."
     there = [column for column in ALIKE if column in episodes]
     episodes = episodes.fillna(dict.fromkeys(there, "")).reset_index(drop=True)
-    groups = {key: part.dropna(axis=1, how="all") for key, part in episodes.groupby(there, sort=False)}   # without other benchmarks' metrics
+    groups = {key: part.dropna(axis=1, how="all").assign(start=part["start"]) for key, part in episodes.groupby(there, sort=False)}   # without other benchmarks' metrics
     several = [i for i, column in enumerate(there) if column == "benchmark" or episodes[column].nunique() > 1]
     return {", ".join(f"{dict(trained='policies for').get(there[i], '')} {key[i]}".strip() for i in several): _told_apart(_once(part)) for key, part in groups.items()}
 
@@ -238,7 +238,7 @@ def evaluations(run: str | Path,  # run folder
 def _told_apart(episodes: pd.DataFrame) -> pd.DataFrame:
     "An arm whose policies of one seed and step lie in several folders is several arms, named by them."
     if "policy" not in episodes: return episodes
-    placed = episodes.assign(place=[Path(policy).parents[bool(step)].as_posix() for policy, step in zip(episodes["policy"], episodes["step"])])
-    places = placed.groupby(["arm", "seed", "step"])["place"].nunique()
-    doubled = placed["arm"].isin(places[places > 1].index.unique("arm"))
-    return episodes.assign(arm=placed["arm"].where(~doubled, placed["arm"] + " of " + placed["place"]))
+    policies = episodes.groupby(["arm", "seed", "step"])["policy_hash"].nunique()
+    doubled = episodes["arm"].isin(policies[policies > 1].index.unique("arm"))
+    folders = pd.Series([(path.parent.parent if step else path.parent).as_posix() for path, step in zip(map(Path, episodes["policy"]), episodes["step"])], episodes.index)
+    return episodes.assign(arm=episodes["arm"].where(~doubled, episodes["arm"] + " of " + folders))

@@ -96,6 +96,7 @@ def test_assets_are_looked_for_where_the_scripts_put_them(tmp_path, monkeypatch)
     (tmp_path / "assets/stable_scanned_objects").mkdir(parents=True)
     monkeypatch.setattr(module.ctypes.util, "find_library", lambda name: None)
     assert "libosmesa6" in module.ASSETS["libero_10"](BENCHMARKS["libero_10"], python)[1]
+    assert module.look_at_assets(BENCHMARKS["libero_10"], python, render="gpu") is None
     monkeypatch.setattr(module.ctypes.util, "find_library", lambda name: name)
     assert module.ASSETS["libero_10"](BENCHMARKS["libero_10"], python) is None
 
@@ -104,10 +105,10 @@ def test_a_scene_beside_the_interpreter_has_to_be_named_when_it_is_played(tmp_pa
     python = str(tmp_path / "bin" / "python")
     (tmp_path / "scene_D/.hydra").mkdir(parents=True)
     (tmp_path / "scene_D/.hydra/merged_config.yaml").touch()
-    assert module.missing_assets(BENCHMARKS["calvin"], python) is None and module.missing_assets(BENCHMARKS["tabletop"], python) is None
-    assert module.missing_assets(BENCHMARKS["calvin"], python, asked=True)[1] == f"emt evaluate ... --param dataset_path={tmp_path}/scene_D"
+    assert module.look_at_assets(BENCHMARKS["calvin"], python) is None and module.look_at_assets(BENCHMARKS["tabletop"], python) is None
+    assert module.look_at_assets(BENCHMARKS["calvin"], python, asked=True)[1] == f"emt evaluate ... --param dataset_path={tmp_path}/scene_D"
     named = benchmark_of("calvin", 1, params=dict(dataset_path=str(tmp_path / "scene_D")))
-    assert module.missing_assets(named, python, asked=True) is None
+    assert module.look_at_assets(named, python, asked=True) is None
 
 
 def test_metaworld_without_anything_that_draws_is_told(monkeypatch):
@@ -155,6 +156,10 @@ def test_backports_that_apt_does_not_know_are_made_known_first(monkeypatch, tmp_
     subprocess.run(first[0], shell=True, check=True)
     assert file.read_text() == "Types: deb\nSuites: bookworm bookworm-updates bookworm-backports\n\nTypes: deb\nSuites: bookworm-security\n"
     assert module._mesa() == first[2]
+    file.write_text("# deb bookworm-backports\n")
+    assert module._mesa().startswith("sed")
+    file.unlink()
+    assert module._mesa().startswith("add bookworm-backports")
 
 
 def test_data_of_a_profile_are_looked_for(tmp_path):

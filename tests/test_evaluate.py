@@ -459,3 +459,19 @@ def test_a_container_is_pulled_without_a_question_and_sees_what_it_is_told(tmp_p
     fake.chmod(0o755)
     with pytest.raises(RuntimeError): play(config, tmp_path / "recording-x.sqlite", str(fake), docker=True)
     assert "--yes" in (tmp_path / "called").read_text().split() and read_json(config)["docker"] == {"image": "image:1", "volumes": ["/data/calvin:/data/calvin"]}
+
+
+def test_a_setting_tells_what_was_asked_for_and_not_which_tasks():
+    said = lambda name, **asked: module._setting(benchmark_of(name, **asked), 4, "", None, "cpu")
+    whole = said("simpler_bridge")
+    assert whole == said("simpler_bridge", tasks=["widowx_stack_cube"]) == said("simpler_bridge", tasks=["widowx_put_eggplant_in_basket"]) and "max_episode_steps" not in whole
+    assert "max_episode_steps 60" in said("simpler_bridge", params=dict(max_episode_steps=60)) and "num_sequences 1,000" in said("calvin")
+
+
+def test_all_tasks_of_metaworld_have_a_name():
+    pytest.importorskip("metaworld")
+    assert len(benchmark_of("metaworld", tasks=["mt50", "reach-v3"]).entries[0]["tasks"]) == 50
+
+
+def test_folders_of_a_container_without_a_container_are_refused(policy, tmp_path):
+    with pytest.raises(ValueError, match="/data/A:/data/calvin are what a container sees"): evaluate(policy(), tabletop(4), tmp_path, volumes=("/data/A:/data/calvin",), load=load)

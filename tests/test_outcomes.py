@@ -138,3 +138,15 @@ def test_policies_of_one_name_from_two_runs_are_two_arms():
     assert outcomes.differences(part).pairs.tolist() == [48]
     seeds = runs[(runs.seed == 0) == (runs.evaluation == "A")]   # one seed in each run: still one arm
     assert set(outcomes.apart(seeds)["simpler_bridge"].arm) == {"base"}
+
+
+def test_one_policy_under_two_spellings_is_one_arm():
+    spelled = lambda before: played(tasks=["a"] if before else ["b"]).assign(policy=lambda t: f"{before}x/policy/bridge/" + t.arm + "-" + t.seed.astype(str) + "/step-9", evaluation=before)
+    part = outcomes.apart(pd.concat([spelled("/data/"), spelled("")]))["simpler_bridge"]
+    assert set(part.arm) == {"base", "random", "proximity"} and len(outcomes.differences(part)) == 3
+    for policy in "step-9", ".": assert len(outcomes.apart(played().assign(policy=policy, evaluation="e"))["simpler_bridge"]) == len(played())
+
+
+def test_starts_that_nobody_knows_are_told_of_a_run_too():
+    part = outcomes.apart(played().assign(start=None, evaluation="e"))["simpler_bridge"]
+    assert "No differences" in outcomes.outcome_text("simpler_bridge", part)

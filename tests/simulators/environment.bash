@@ -28,5 +28,5 @@ make_environment() {   # NAME of its files here, packages that come without what
 play() {   # BENCHMARK, POLICY or nothing, EPISODES, more options of emt evaluate
     local policy=$2 episodes=$3 asked=(--benchmark "$1" --python "$env/bin/python" "${@:4}")
     echo "ready: emt evaluate POLICY ${asked[*]}"
-    [ -z "$policy" ] || exec "${EMT:-emt}" evaluate "$policy" "${asked[@]}" --episodes "$episodes" --workers 1 ${TASKS:+--tasks "$TASKS"}
+    [ -z "$policy" ] || exec "${EMT:-emt}" evaluate "$policy" "${asked[@]}" --episodes "$episodes" --workers 1 ${TASKS:+--tasks "$TASKS"} ${STAND_INS:+--run runs/stand-ins}   # whose results are nobody else's
 }
