@@ -390,8 +390,8 @@ def _setting(benchmark: Benchmark, executed: int, label: str, docker: str, rende
     params = [entry.get("params", {}) for entry in benchmark.entries]
     protocol = {of.get("task_name"): of for of in (entry.get("params", {}) for entry in getattr(BENCHMARKS.get(benchmark.name), "entries", ()))}
     own = {k for of in protocol.values() for k in of if len({str(other.get(k)) for other in protocol.values()}) > 1}   # every task has its own, such as its steps
-    changed = lambda k: any(of[k] != protocol.get(of.get("task_name"), {}).get(k) for of in params)
-    params = {k: v for of in params for k, v in of.items() if k not in own or changed(k)}
+    changed = lambda k: any(of.get(k) != protocol.get(of.get("task_name"), {}).get(k) for of in params)
+    params = {k: v for of in params for k, v in of.items() if k != "task_name" and (k not in own or changed(k))}
     return readable({"execute": executed, **params, **({"label": label} if label else {}), **({"image": docker} if docker else {}), **({"render": render} if render != "cpu" else {})})
 
 def _load_policy(folder):
