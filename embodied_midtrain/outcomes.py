@@ -87,13 +87,14 @@ def _drawn(d: list) -> np.ndarray:   # (S, E) of each task -> (S, T), or (S, E) 
 
 def interval(d: list,               # (S, E) of each task
              level: float = 0.95,  # confidence level
+             bound: float = 1,     # the largest difference that there can be: 5 for lengths of chains
              ) -> tuple:            # lower and upper bound of the mean over tasks
     "Interval of the mean difference over seeds and tasks, or the episodes of one task."
     cells, half = _drawn(d), pair_error(np.sign(np.concatenate([task.ravel() for task in d]))) * norm.ppf((1 + level) / 2)
     if cells.size > 1:
         error, free = crossed_error(cells) if min(cells.shape) > 1 else (cells.std(ddof=1) / np.sqrt(cells.size), cells.size - 1)
         half = max(half, error * t.ppf((1 + level) / 2, free))
-    return float(cells.mean() - half), float(cells.mean() + half)
+    return float(max(cells.mean() - half, -bound)), float(min(cells.mean() + half, bound))
 
 def bootstrap(d: list,               # (S, E) of each task
               draws: int = 2000,     # samples
@@ -130,7 +131,7 @@ def differences(episodes: pd.DataFrame,  # of one benchmark; every arm at one st
         except ValueError as error:
             refused.append(str(error))
             continue
-        flat, (low, high), (boot_low, boot_high) = np.concatenate([task.ravel() for task in d]), interval(d, level), bootstrap(d, level=level)
+        flat, (low, high), (boot_low, boot_high) = np.concatenate([task.ravel() for task in d]), interval(d, level, 5 if "completed_subtasks" in episodes else 1), bootstrap(d, level=level)
         covers = ["seeds"] * (len(d[0]) > 1) + ["tasks" if len(d) > 1 else "episodes"]
         rows.append(dict(arm=a, minus=b, difference=float(np.mean([task.mean() for task in d])), low=low, high=high, boot_low=boot_low, boot_high=boot_high, covers=" and ".join(covers), pairs=flat.size,
                          won=int((flat > 0).sum()), lost=int((flat < 0).sum()), mcnemar_p=mcnemar(flat), needed=pairs_needed(flat)))

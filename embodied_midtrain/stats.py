@@ -56,7 +56,7 @@ def crossed_error(d: np.ndarray,              # (seeds, episodes) paired differe
     free = np.array([S - 1, E - 1, (S - 1) * (E - 1)])
     square = np.array([E * (by_seed**2).sum(), S * (by_episode**2).sum(), (rest**2).sum()]) / free
     variance = max(square[0] + square[1] - square[2], square[0], square[1])
-    return float(np.sqrt(variance / d.size)), float(variance**2 / (square**2 / free).sum()) if variance else np.inf
+    return float(np.sqrt(variance / d.size)), float(max(variance**2 / (square**2 / free).sum(), free[:2].min())) if variance else np.inf
 
 # %% ../nbs/10b_stats.ipynb #4a3c76c6
 def paired_interval(d: np.ndarray,              # (seeds, episodes) paired differences

@@ -150,3 +150,14 @@ def test_one_policy_under_two_spellings_is_one_arm():
 def test_starts_that_nobody_knows_are_told_of_a_run_too():
     part = outcomes.apart(played().assign(start=None, evaluation="e"))["simpler_bridge"]
     assert "No differences" in outcomes.outcome_text("simpler_bridge", part)
+
+
+def test_an_interval_stays_within_what_can_be():
+    "Satterthwaite's degrees of freedom fall below one where seeds and tasks agree by chance: intervals of a thousand points were the outcome."
+    rng = np.random.default_rng(0)
+    for seeds in 2, 3:
+        found = [outcomes.interval([rng.integers(-1, 2, (seeds, 24)).astype(float) for _ in range(4)]) for _ in range(200)]
+        assert all(-1 <= low < high <= 1 for low, high in found)
+        assert seeds == 2 or all(high - low < 1 for low, high in found)
+    low, high = outcomes.interval([np.array([[5., -5.]])], bound=5)
+    assert (low, high) == (-5, 5)

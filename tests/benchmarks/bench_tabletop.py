@@ -4,7 +4,7 @@ The policy is the tiny backbone with a fresh head of the micro profile's size, c
 together, one batched forward pass (`run_episodes`). `loop`: one environment as simulators are, whose every step gives a picture, and one forward pass a chunk. `one by one`: `run_episodes` on one episode after the other, which draws
 only the pictures that the policy asks for. `vla-eval`: served over a socket, played by vla-eval in a process of its own, recorded, without videos (its start, some seconds, counts). Only the episodes of `loop` and `vla-eval` are made
 while the clock runs. Seconds are medians over the rounds: by the clock, and of the processor (with those of processes started), which other work on the machine changes less. `times_loop` is by the clock. `forward`: the share of the
-processor's seconds in the model's own forward pass, which no way of playing can save. Every way has to end every episode alike, or the figures are not written."""
+processor's seconds in the model's own forward pass. Every way has to end every episode alike, or the figures are not written."""
 import datetime
 import os
 os.environ["EMT_QUIET"] = "1"
